@@ -1,0 +1,57 @@
+// Preconditions, dispatch on dtype, and the few tensor helpers that every kernel uses.
+//
+// The public functions check what a user can get wrong. What is checked here keeps a direct call of an op from reading
+// or writing out of bounds. Nothing may throw inside parallel_for: check before the loop.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "numeric.h"
+
+namespace fused_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls f(T{}) with the C++ type of a floating-point dtype.
+template <typename F>
+void dispatch_floating(ScalarType type, const char* op, const F& f) {
+  switch (type) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(c10::Half{});
+    case ScalarType::BFloat16:
+      return f(c10::BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": expected float32, float64, float16 or bfloat16");
+  }
+}
+
+inline void check_vector(const Tensor& v, int64_t size, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(v.dim() == 1 && v.size(0) == size && v.scalar_type() == type, name, " should be a vector of ", size,
+                  " elements of the right dtype");
+}
+
+// The values of an optional tensor, or null.
+template <typename T>
+const T* data_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<T>() : nullptr;
+}
+
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(torch::stable::contiguous(*t)) : std::nullopt;
+}
+
+}  // namespace fused_ops

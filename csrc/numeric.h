@@ -1,0 +1,108 @@
+// The arithmetic that kernels share, for host and device: accumulate types, exp, and merging of partial statistics.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#define FUSED_OPS_HOST_DEVICE __host__ __device__
+#else
+#define FUSED_OPS_HOST_DEVICE
+#endif
+
+namespace fused_ops {
+
+// Sums over 16-bit values are kept in float.
+template <typename T>
+using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename To, typename From>
+FUSED_OPS_HOST_DEVICE inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// Conversions to and from the accumulate type. Those of the 16-bit types have no branches, unlike their classes' own, so
+// that compilers vectorise loops over them.
+FUSED_OPS_HOST_DEVICE inline float widen(float x) { return x; }
+FUSED_OPS_HOST_DEVICE inline double widen(double x) { return x; }
+FUSED_OPS_HOST_DEVICE inline float widen(c10::BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
+FUSED_OPS_HOST_DEVICE inline float widen(c10::Half x) {
+  const uint32_t sign = (x.x & 0x8000u) << 16, magnitude = (x.x & 0x7FFFu) << 13;
+  const float value = bit_cast<float>(magnitude) * 0x1p112f;  // from Half's exponent bias to float's; denormals too
+  const uint32_t bits = magnitude >= (0x7C00u << 13) ? magnitude | 0x7F800000u : bit_cast<uint32_t>(value);  // inf, NaN
+  return bit_cast<float>(sign | bits);
+}
+
+template <typename T>
+FUSED_OPS_HOST_DEVICE inline T narrow(accumulate_t<T> x) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {  // round to nearest, ties to even
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
+    return T(static_cast<uint16_t>(x != x ? 0x7FC0u : rounded), T::from_bits());
+  } else if constexpr (std::is_same_v<T, c10::Half>) {
+    const uint32_t sign = bit_cast<uint32_t>(x) & 0x80000000u;
+    const float magnitude = bit_cast<float>(bit_cast<uint32_t>(x) ^ sign);
+    // Normal numbers round in integers, from float's exponent bias to Half's. The small ones, whose result is denormal,
+    // round by an addition that leaves them just Half's denormal bits.
+    const uint32_t bits = bit_cast<uint32_t>(magnitude);
+    const uint32_t normal = (bits - (112u << 23) + 0xFFFu + ((bits >> 13) & 1)) >> 13;
+    const uint32_t denormal = bit_cast<uint32_t>(magnitude + 0.5f) - bit_cast<uint32_t>(0.5f);
+    const uint32_t finite = magnitude < 0x1p-14f ? denormal : normal;
+    const uint32_t half = magnitude != magnitude ? 0x7E00u : (magnitude >= 65520.0f ? 0x7C00u : finite);
+    return T(static_cast<uint16_t>((sign >> 16) | half), T::from_bits());
+  } else {
+    return x;
+  }
+}
+
+FUSED_OPS_HOST_DEVICE inline double exp(double x) { return std::exp(x); }
+
+// exp(x) = 2^n · exp(r), with n = round(x / ln 2) and |r| ≤ ln 2 / 2; exp(r) by the minimax polynomial of Cephes' expf.
+// Without branches or calls, so that compilers vectorise loops over it. Error under 2 ulp; NaN stays NaN.
+FUSED_OPS_HOST_DEVICE inline float exp(float x) {
+#ifdef __CUDA_ARCH__
+  return ::expf(x);
+#else
+  x = x < -110.0f ? -110.0f : x;  // exp is 0 here already
+  x = x > 89.0f ? 89.0f : x;      // and inf here
+  // Adding 1.5·2^23 leaves no bits for a fraction: the addition itself rounds to the nearest integer.
+  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in n·part
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  // 2^n as two factors, since n reaches the exponents of denormals and of inf.
+  const int32_t i = static_cast<int32_t>(n), half = i >> 1;
+  return p * bit_cast<float>((half + 127) << 23) * bit_cast<float>((i - half + 127) << 23);
+#endif
+}
+
+// The number of values, their mean, and the sum of their squared distances from it.
+template <typename Acc>
+struct Moments {
+  Acc count = 0, mean = 0, m2 = 0;
+
+  // The moments of both sets together (Chan, Golub and LeVeque 1979).
+  FUSED_OPS_HOST_DEVICE void merge(Acc other_count, Acc other_mean, Acc other_m2) {
+    const Acc total = count + other_count;
+    if (total == 0) return;
+    const Acc delta = other_mean - mean, share = other_count / total;
+    mean += delta * share;
+    m2 += other_m2 + delta * delta * count * share;
+    count = total;
+  }
+};
+
+}  // namespace fused_ops

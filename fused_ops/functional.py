@@ -1,0 +1,6 @@
+"""The public functions, with the positional signatures of their `torch.nn.functional` namesakes."""
+
+from fused_ops.ops.batch_norm import batch_norm
+from fused_ops.ops.cross_entropy import cross_entropy
+
+__all__ = ["batch_norm", "cross_entropy"]

@@ -1,0 +1,1 @@
+"""One file an op: derivation, reference forward, reference backward, autograd.Function, public function."""
