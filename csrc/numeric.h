@@ -29,8 +29,8 @@ FUSED_OPS_HOST_DEVICE inline To bit_cast(From from) {
   return to;
 }
 
-// Conversions to and from the accumulate type. Those of the 16-bit types have no branches, unlike their classes' own, so
-// that compilers vectorise loops over them.
+// Conversions to and from the accumulate type. Those of the 16-bit types have no branches, unlike their classes' own,
+// so that compilers vectorise loops over them.
 FUSED_OPS_HOST_DEVICE inline float widen(float x) { return x; }
 FUSED_OPS_HOST_DEVICE inline double widen(double x) { return x; }
 FUSED_OPS_HOST_DEVICE inline float widen(c10::BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }

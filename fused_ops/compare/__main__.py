@@ -9,10 +9,14 @@ from fused_ops import compare, data, ladder, steps
 SEED = 2147483647  # the lecture's
 
 # the rows in the lecture's order, from the loss back to the embedding
+# fmt: off
 ROWS = (
-    "logprobs probs counts_sum_inv counts_sum counts norm_logits logit_maxes logits h W2 b2 hpreact bngain bnbias "
-    "bnraw bnvar_inv bnvar bndiff2 bndiff bnmeani hprebn embcat W1 b1 emb C"
-).split()
+    "logprobs", "probs", "counts_sum_inv", "counts_sum", "counts", "norm_logits", "logit_maxes", "logits",
+    "h", "W2", "b2",
+    "hpreact", "bngain", "bnbias", "bnraw", "bnvar_inv", "bnvar", "bndiff2", "bndiff", "bnmeani",
+    "hprebn", "embcat", "W1", "b1", "emb", "C",
+)
+# fmt: on
 
 
 def comparisons(names, hidden=64, block_size=3, batch_size=32):

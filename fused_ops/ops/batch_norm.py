@@ -121,9 +121,7 @@ class BatchNorm(torch.autograd.Function):
         return dx, None, None, dweight if ctx.has_weight else None, dbias if ctx.has_bias else None, None, None, None
 
 
-def batch_norm(
-    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
-):
+def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     """Batch normalisation: a drop-in for `torch.nn.functional.batch_norm`.
 
     Args:
