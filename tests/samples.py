@@ -247,6 +247,7 @@ def batch_norm_cases():
         case(f"empty-{'x'.join(map(str, shape))}-evaluation", shape, training=False)
 
     # strides
+    last, last_3d = torch.channels_last, torch.channels_last_3d
     case("transposed", (3, 5), view=lambda x: x.t())
     case("transposed-3d", (4, 5, 3), view=lambda x: x.transpose(1, 2))
     case("sliced", (10, 6), view=lambda x: x[::2, ::2])
@@ -254,22 +255,19 @@ def batch_norm_cases():
     case("permuted-4d", (2, 4, 5, 3), view=lambda x: x.permute(1, 3, 0, 2))
     for training in (True, False):
         suffix = "training" if training else "evaluation"
-        last, last_3d = torch.channels_last, torch.channels_last_3d
         case(f"channels-last-{suffix}", (2, 3, 4, 5), view=lambda x: x.to(memory_format=last), training=training)
         case(
             f"channels-last-3d-{suffix}", (2, 3, 2, 2, 3), view=lambda x: x.to(memory_format=last_3d), training=training
         )
-    case("channels-last-one-channel", (3, 1, 4, 5), view=lambda x: x.to(memory_format=torch.channels_last))
-    case("channels-last-sliced", (2, 6, 4, 5), view=lambda x: x.to(memory_format=torch.channels_last)[:, ::2])
+    case("channels-last-one-channel", (3, 1, 4, 5), view=lambda x: x.to(memory_format=last))
+    case("channels-last-sliced", (2, 6, 4, 5), view=lambda x: x.to(memory_format=last)[:, ::2])
 
     # more than one tile each way: see Tiling in csrc/cpu/batch_norm.cpp
     case("tiles-rows", (70, 1100), gradcheck=False)
     case("tiles-many-rows", (20000, 3), gradcheck=False)
     case("tiles-planes", (3, 5, 150, 151), gradcheck=False)
     case("tiles-small-planes", (70, 600, 2), gradcheck=False)
-    case(
-        "tiles-channels-last", (3, 40, 21, 20), view=lambda x: x.to(memory_format=torch.channels_last), gradcheck=False
-    )
+    case("tiles-channels-last", (3, 40, 21, 20), view=lambda x: x.to(memory_format=last), gradcheck=False)
 
     # a 16-bit input with float32 parameters and statistics
     for training in (True, False):

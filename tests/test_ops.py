@@ -140,14 +140,13 @@ def op_calls(op, sample):
 def test_kernel_matches_undecorated_reference(op, case, dtype, device):
     """Each op alone: its outputs, and the arguments that it writes to."""
 
-    def call(function, dtype=None):
-        inputs = copies(args, dtype)
-        return function(*inputs), inputs
+    def call(function, args):
+        return function(*args), args
 
     for fused, args in op_calls(op, case.build(dtype, device)):
         reference = REFERENCES[fused]
-        ours, theirs = call(fused), call(reference)
-        assert_as_near(ours, theirs, call(reference, F64))
+        ours, theirs = call(fused, copies(args)), call(reference, copies(args))
+        assert_as_near(ours, theirs, call(reference, copies(args, F64)))
         assert all_strides(ours) == all_strides(theirs)
 
 

@@ -1,0 +1,208 @@
+"""What the samples don't show: errors, options of the package, and what is refused rather than got wrong."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused_ops
+import fused_ops.functional as F
+
+LOGITS = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75]])
+TARGET = torch.tensor([2, 0])
+X = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75], [2.5, 1.25, 0.75]])
+STATISTICS = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.9, 1.1, 1.2])
+NAMED = {"input": LOGITS, "target": TARGET}
+
+REFUSED = [
+    ("cross_entropy", {**NAMED, "target": TARGET.int()}),
+    ("cross_entropy", {**NAMED, "target": TARGET[:1]}),
+    ("cross_entropy", {**NAMED, "target": torch.tensor([[2], [0]])}),
+    ("cross_entropy", {**NAMED, "target": LOGITS[:, :2]}),
+    ("cross_entropy", {"input": torch.tensor(1.0), "target": torch.tensor(2)}),
+    ("cross_entropy", {**NAMED, "weight": torch.tensor([0.5, 0.25])}),
+    ("cross_entropy", {**NAMED, "weight": torch.tensor([0.5, 0.25, 0.75]).double()}),
+    ("cross_entropy", {**NAMED, "weight": torch.tensor([0.5, 0.25, 0.75], requires_grad=True)}),
+    ("cross_entropy", {**NAMED, "reduction": "max"}),
+    ("cross_entropy", {**NAMED, "label_smoothing": 1.5}),
+    ("cross_entropy", {"input": LOGITS, "target": LOGITS.softmax(1), "ignore_index": 1}),
+    ("cross_entropy", {"input": torch.randn(2, 3, 4), "target": torch.zeros(2, 5, dtype=torch.int64)}),
+    ("batch_norm", {"input": X[0], "running_mean": STATISTICS[0], "running_var": STATISTICS[1]}),
+    ("batch_norm", {"input": X, "running_mean": None, "running_var": None}),
+    ("batch_norm", {"input": X, "running_mean": STATISTICS[0], "running_var": None, "training": True}),
+    ("batch_norm", {"input": X[:1], "running_mean": None, "running_var": None, "training": True}),
+    ("batch_norm", {"input": X, "running_mean": None, "running_var": None, "training": True, "eps": 0.0}),
+    ("batch_norm", {"input": X, "running_mean": STATISTICS[0][:2], "running_var": STATISTICS[1]}),
+    ("batch_norm", {"input": X, "running_mean": None, "running_var": None, "training": True, "weight": X[0, :2]}),
+    ("batch_norm", {"input": X, "running_mean": None, "running_var": None, "training": True, "bias": X[0].double()}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), REFUSED)
+def test_refuses_what_torch_refuses(name, arguments):
+    with pytest.raises(Exception) as theirs:  # noqa: PT011 - whatever torch raises, ours is to be the same
+        getattr(torch.nn.functional, name)(**arguments)
+    with pytest.raises(type(theirs.value)):
+        getattr(F, name)(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{**NAMED, "input": LOGITS.long()}, {"input": X.long(), "running_mean": X[0]}])
+def test_refuses_integers(arguments):
+    function = F.cross_entropy if "target" in arguments else F.batch_norm
+    arguments = arguments if "target" in arguments else {**arguments, "running_var": X[0]}
+    with pytest.raises(RuntimeError, match="floating point"):
+        function(**arguments)
+
+
+@pytest.mark.parametrize("index", [3, -1, -101, 2**40])
+@pytest.mark.parametrize("path", ["kernel", "reference"])
+def test_out_of_range_target_names_the_index(index, path):
+    target = torch.tensor([2, index])
+    if path == "reference" or not fused_ops.has_kernels("cpu"):
+        with fused_ops.reference_mode(), pytest.raises(RuntimeError, match=str(index)):
+            F.cross_entropy(LOGITS, target)
+    else:
+        with pytest.raises(IndexError, match=f"Target {index} is out of bounds."):
+            F.cross_entropy(LOGITS, target)
+
+
+def test_direct_calls_of_the_kernels_stay_in_bounds():
+    """The ops can be called without the public functions' checks: what would read out of bounds raises there, too."""
+    if not fused_ops.has_kernels("cpu"):
+        return  # the references are made of torch's ops, which check for themselves
+    ops = torch.ops.fused_ops
+    stats, scalar = torch.zeros(2, 2), torch.tensor(1.0)
+    options = -100, "mean", 0.0
+    calls = [
+        (ops.cross_entropy_forward, (LOGITS, TARGET[:1], None, *options)),
+        (ops.cross_entropy_forward, (LOGITS, TARGET, X[0, :2], *options)),
+        (ops.cross_entropy_forward, (LOGITS, TARGET.int(), None, *options)),
+        (ops.cross_entropy_forward, (LOGITS[0], TARGET[:1], None, *options)),
+        (ops.cross_entropy_forward, (LOGITS.long(), TARGET, None, *options)),
+        (ops.cross_entropy_backward, (scalar, LOGITS, TARGET, None, stats[:1], scalar, *options)),
+        (ops.cross_entropy_backward, (scalar, LOGITS, TARGET, None, stats, X[0], *options)),
+        (ops.cross_entropy_backward, (X[0], LOGITS, TARGET, None, stats, scalar, *options)),
+        (ops.batch_norm_forward, (X[0], None, None, None, None, True, 0.1, 1e-5)),
+        (ops.batch_norm_forward, (X, None, None, None, None, False, 0.1, 1e-5)),
+        (ops.batch_norm_forward, (X, None, None, X[0, :2], None, True, 0.1, 1e-5)),
+        (ops.batch_norm_forward, (X, X[0, :2], X[0], None, None, True, 0.1, 1e-5)),
+        (ops.batch_norm_backward, (X[:2], X, None, X[0], X[0], True)),
+        (ops.batch_norm_backward, (X, X, None, X[0, :2], X[0], True)),
+        (ops.batch_norm_backward, (X.double(), X, None, X[0], X[0], True)),
+    ]
+    for op, arguments in calls:
+        with pytest.raises(RuntimeError):
+            op(*arguments)
+    with pytest.raises(IndexError, match="Target 5"):
+        ops.cross_entropy_backward(scalar, LOGITS, torch.tensor([5, 0]), None, stats, scalar, *options)
+
+
+LOSSES = {
+    "cross_entropy": lambda x: F.cross_entropy(x, torch.tensor([2, 0, 1])),
+    "cross_entropy probabilities": lambda x: F.cross_entropy(x, X.softmax(1)),
+    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True).square().sum(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_double_backward_is_refused_not_wrong(loss):
+    """Also where only a part of the gradient would silently lose its history."""
+    x = X.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(x) + x.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not implemented"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_forward_mode_is_refused_not_wrong(loss):
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
+        with pytest.raises((RuntimeError, NotImplementedError), match="forward|jvp"):
+            loss(x)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_second_backward_pass_gives_the_same_gradient(loss):
+    x = X.clone().requires_grad_()
+    out = loss(x)
+    first, second = (torch.autograd.grad(out, x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_only_asked_for_gradients_come_back():
+    x, weight = X.clone(), torch.tensor([0.5, 1.5, 2.0], requires_grad=True)
+    F.batch_norm(x, None, None, weight, None, training=True).square().sum().backward()
+    assert weight.grad is not None
+    assert x.grad is None
+    assert not F.batch_norm(x, None, None, training=True).requires_grad
+
+
+def test_moving_the_running_statistics_tells_autograd():
+    """A graph that still needs the statistics as they were must say so, not use the new ones."""
+    mean, var = (t.clone() for t in STATISTICS)
+    w = torch.tensor(2.0, requires_grad=True)
+    needs_old_mean = (w * mean).sum()
+    F.batch_norm(X, mean, var, training=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        needs_old_mean.backward()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_do_not_depend_on_the_number_of_threads(threads):
+    before = torch.get_num_threads()
+
+    def results(count):
+        torch.set_num_threads(count)
+        x = torch.randn(300, 700, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        y = F.batch_norm(x, None, None, training=True)
+        loss = F.cross_entropy(y, torch.arange(300))
+        return y, loss, *torch.autograd.grad(loss, x)
+
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(results(1), results(threads), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_16_bit_conversions_round_as_torch_does():
+    """Through an identity batch norm, every 16-bit pattern; and float32 patterns through a weight."""
+    one, zero = torch.ones(1), torch.zeros(1)
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
+        torch.testing.assert_close(F.batch_norm(every, zero, one, eps=0.0), every, rtol=0, atol=0, equal_nan=True)
+
+        bits = torch.randint(-(2**31), 2**31, (2**16,), generator=torch.Generator().manual_seed(0))
+        weight = bits.int().view(torch.float32)
+        rows = torch.ones(1, len(weight), dtype=dtype)
+        mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+        narrowed = F.batch_norm(rows, mean, var, weight, eps=0.0)[0]
+        torch.testing.assert_close(narrowed, weight.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_reference_mode_runs_the_references(monkeypatch):
+    from fused_ops._op import REFERENCES
+
+    called = []
+    for op, reference in REFERENCES.items():
+        monkeypatch.setitem(REFERENCES, op, lambda *args, f=reference: called.append(f.__name__) or f(*args))
+    x = LOGITS.clone().requires_grad_()
+    with fused_ops.reference_mode():
+        F.cross_entropy(x, TARGET).backward()
+    assert called == ["cross_entropy_forward", "cross_entropy_backward"]
+
+
+def import_fused_ops(code, **environment):
+    code = f"import warnings; warnings.simplefilter('error'); import fused_ops; {code}"
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
+def test_has_kernels_says_what_was_built():
+    """Kernels are expected unless FUSED_OPS_BUILD=0 says otherwise: a build that fell through must not go unseen."""
+    assert fused_ops.has_kernels("cpu") == (os.environ.get("FUSED_OPS_BUILD") != "0")
+    assert import_fused_ops("print(fused_ops.has_kernels('cpu'))", FUSED_OPS_BUILD="0") == ["False"]
+    with pytest.raises(RuntimeError):
+        fused_ops.has_kernels("no such device")
