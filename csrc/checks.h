@@ -44,6 +44,11 @@ inline void check_vector(const Tensor& v, int64_t size, ScalarType type, const c
                   " elements of the right dtype");
 }
 
+inline void check_same_device(const Tensor& t, const Tensor& other, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() == other.is_cuda() && t.get_device_index() == other.get_device_index(),
+                  "Expected all tensors to be on the same device, but ", name, " is on another one");
+}
+
 // The values of an optional tensor, or null.
 template <typename T>
 const T* data_or_null(const std::optional<Tensor>& t) {

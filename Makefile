@@ -1,0 +1,49 @@
+# make train        set everything up and train on the shipped names     make train ARGS="--steps 2000 --backward steps"
+# make test         set everything up and run the tests                  make test ARGS="-k cross_entropy"
+# make lint         check the code's style
+# make clean        remove what these made
+#
+# FUSED_OPS_BUILD=0 before any of them leaves the kernels out: every op runs its PyTorch reference.
+# TORCH=... names another torch to install, PYTHON=... another Python to make .venv with.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+LINTERS := clang-format==22.1.8 ruff==0.15.21
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
+
+# One stamp for each kind of installation, removed by the other: going from one to the other installs anew.
+INSTALLED := $(VENV)/installed-$(if $(filter 0,$(FUSED_OPS_BUILD)),references,kernels)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
+
+.PHONY: train test lint clean
+.DELETE_ON_ERROR:
+
+train: $(INSTALLED)
+	$(VENV)/bin/python train.py $(ARGS)
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/linters
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*/*)
+
+clean:
+	rm -rf $(VENV) build *.egg-info fused_ops/*.so
+
+# torch comes first and alone, so that no later step chooses another build of it.
+$(VENV)/torch: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)" "setuptools>=77" ninja
+	touch $@
+
+$(INSTALLED): $(VENV)/torch $(SOURCES)
+	rm -rf build fused_ops/*.so $(VENV)/installed-*
+	$(PIP) install --no-build-isolation --editable ".[test]"
+	touch $@
+
+$(VENV)/linters: $(VENV)/torch
+	$(PIP) install $(LINTERS)
+	touch $@
