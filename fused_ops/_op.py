@@ -6,13 +6,13 @@ function is then the definition a student reads, the fallback where no kernel is
 it on their own device, so no Python code ever asks which device it is on.
 """
 
-import functools
 import importlib.machinery
 import os
 import warnings
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LIB = torch.library.Library("fused_ops", "DEF")
@@ -39,24 +39,31 @@ def accumulate_dtype(dtype):
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def once_differentiable(backward):
-    """Decorate an `autograd.Function`'s backward whose own derivative is not implemented: using that is an error.
+def differentiable(function):
+    """A callable that applies an `autograd.Function` with `setup_context`, `backward` and `jvp`, in every mode.
 
-    `torch.autograd.function.once_differentiable` does so only where an incoming gradient requires grad. Under
-    `loss.backward(create_graph=True)` none does, and what comes back is silently detached; here it never is.
+    Under `torch.func.vmap`, by the function's own `vmap` if it has one, else op by op; and under `torch.compile`, which
+    traces no function that has a jvp: there by a twin without it.
+    Forward mode within forward mode raises a RuntimeError: there PyTorch takes what a jvp returns for a constant, and
+    the second derivative would silently lack a part.
     """
+    function.generate_vmap_rule = function.vmap is torch.autograd.Function.vmap
+    without_jvp = type(function.__name__, (function,), {"jvp": staticmethod(torch.autograd.Function.jvp)})
 
-    @functools.wraps(backward)
-    def wrapper(ctx, *grads):
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return outputs
-        message = f"{type(ctx).__name__}: double backward is not implemented"
-        delayed_error = torch._C._functions.DelayedError(message.encode(), len(outputs))
-        return delayed_error(*[None if out is None else out.detach().requires_grad_() for out in outputs])
+    def apply(*args):
+        if torch.compiler.is_compiling():
+            return without_jvp.apply(*args)
+        interpreters = torch._C._functorch.get_interpreter_stack()
+        if not (interpreters or torch.is_grad_enabled() or forward_ad._current_level >= 0):
+            return function.forward(*args)  # nobody differentiates this call: it need not pay for a graph
+        if interpreters and [i.key() for i in interpreters].count(torch._C._functorch.TransformType.Jvp) > 1:
+            raise RuntimeError(
+                f"{function.__name__}: forward mode within forward mode is not supported; "
+                "use reverse mode for one of the two, as torch.func.hessian does"
+            )
+        return function.apply(*args)
 
-    return staticmethod(wrapper)
+    return apply
 
 
 class reference_mode(TorchDispatchMode):  # lower case: used as a context manager, like torch.inference_mode

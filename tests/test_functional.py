@@ -99,28 +99,114 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
         ops.cross_entropy_backward(scalar, LOGITS, torch.tensor([5, 0]), None, stats, scalar, *options)
 
 
-LOSSES = {
-    "cross_entropy": lambda x: F.cross_entropy(x, torch.tensor([2, 0, 1])),
-    "cross_entropy probabilities": lambda x: F.cross_entropy(x, X.softmax(1)),
-    "batch_norm": lambda x: F.batch_norm(x, None, None, training=True).square().sum(),
+def losses(F):
+    return {
+        "cross_entropy": lambda x: F.cross_entropy(x, torch.tensor([2, 0, 1]), label_smoothing=0.1),
+        "cross_entropy probabilities": lambda x: F.cross_entropy(x, X.softmax(1).to(x)),
+        "batch_norm": lambda x: F.batch_norm(x, None, None, training=True).sin().sum(),
+        "both": lambda x: F.cross_entropy(F.batch_norm(x, None, None, training=True), torch.tensor([2, 0, 1])),
+    }
+
+
+class WrittenOut:
+    """What to expect. torch's own batch norm has wrong third derivatives, and wrong second ones in forward mode."""
+
+    cross_entropy = staticmethod(torch.nn.functional.cross_entropy)
+
+    @staticmethod
+    def batch_norm(x, running_mean, running_var, training):
+        centred = x - x.mean(0)
+        return centred * (centred.square().mean(0) + 1e-5) ** -0.5
+
+
+LOSSES, EXPECTED = losses(F), losses(WrittenOut)
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "hessian": torch.func.hessian,  # forward mode over reverse mode
+    "jacrev of jacrev": lambda f: torch.func.jacrev(torch.func.jacrev(f)),
+    "jacrev of jacfwd": lambda f: torch.func.jacrev(torch.func.jacfwd(f)),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x.cos(),))[1],
 }
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, where an op is vmapped in a loop
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_transforms(name, transform):
+    torch.testing.assert_close(transform(LOSSES[name])(X.double()), transform(EXPECTED[name])(X.double()))
+
+
+def third_derivatives(f):
+    gradient_norm = lambda g: lambda x: torch.func.grad(g)(x).square().sum()  # noqa: E731
+    return torch.func.grad(gradient_norm(gradient_norm(f)))
+
+
+def test_third_derivatives():
+    torch.testing.assert_close(
+        third_derivatives(LOSSES["both"])(X.double()), third_derivatives(EXPECTED["both"])(X.double())
+    )
+
+
+def test_hessian_vector_product():
+    for vhp in (torch.autograd.functional.hvp, torch.autograd.functional.vhp):
+        ours, theirs = (vhp(f, X.double(), X.double().cos())[1] for f in (LOSSES["both"], EXPECTED["both"]))
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_per_sample_gradients():
+    def per_sample(F):
+        return torch.func.vmap(torch.func.grad(lambda x, y: F.cross_entropy(x[None], y[None])))(LOGITS, TARGET)
+
+    torch.testing.assert_close(per_sample(F), per_sample(torch.nn.functional))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_under_vmap(training):
+    """Gradients, and gradients of gradients, of each batch in a batch of batches; with one weight for all, and a bias
+    for each."""
+    batches = torch.stack([X, X.sin(), X.cos() * 2]).double()
+    biases = batches[:, 0].clone()
+    statistics = (None, None) if training else tuple(t.double() for t in STATISTICS)
+
+    def derivatives(F):
+        def loss(x, weight, bias):
+            return F.batch_norm(x, *statistics, weight, bias, training).sin().sum()
+
+        def gradient_norm(*args):
+            return sum(g.square().sum() for g in torch.func.grad(loss, argnums=(0, 1, 2))(*args))
+
+        first = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims=(0, None, 0))
+        second = torch.func.vmap(torch.func.grad(gradient_norm, argnums=(0, 1, 2)), in_dims=(0, None, 0))
+        return first(batches, X[1].double(), biases), second(batches, X[1].double(), biases)
+
+    torch.testing.assert_close(derivatives(F), derivatives(torch.nn.functional))
+
+
+def test_batch_norm_under_vmap_moves_no_statistics():
+    with pytest.raises(RuntimeError, match="vmap cannot move running statistics"):
+        torch.func.vmap(lambda x: F.batch_norm(x, *(t.clone() for t in STATISTICS), training=True))(X.expand(2, 3, 3))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_double_backward_is_refused_not_wrong(loss):
-    """Also where only a part of the gradient would silently lose its history."""
+def test_forward_mode_within_forward_mode_is_refused_not_wrong(loss):
+    def derivative(f, direction):
+        return lambda x: torch.func.jvp(f, (x,), (direction,))[1]
+
+    with pytest.raises(RuntimeError, match="forward mode within forward mode"):
+        derivative(derivative(loss, X.cos()), X.sin())(X)
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # torch.compile does
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_compiles_without_graph_breaks(loss, dynamic):
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     x = X.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(loss(x) + x.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not implemented"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_forward_mode_is_refused_not_wrong(loss):
-    with torch.autograd.forward_ad.dual_level():
-        x = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
-        with pytest.raises((RuntimeError, NotImplementedError), match="forward|jvp"):
-            loss(x)
+    torch.testing.assert_close(compiled(x), loss(x))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(x), x))
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)

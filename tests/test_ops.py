@@ -5,10 +5,12 @@ undecorated reference proves the kernel. The ops beneath a public function are c
 backward, so a new op is tested once it has samples.
 """
 
+import contextlib
+
 import pytest
 import torch
 from samples import OPS
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -150,25 +152,37 @@ def test_kernel_matches_undecorated_reference(op, case, dtype, device):
         assert all_strides(ours) == all_strides(theirs)
 
 
+def of_inputs(op, sample):
+    """The function of the differentiable inputs alone; it moves copies of the others."""
+    positions = {id(t): i for i, t in enumerate(differentiated(sample))}
+
+    def function(*inputs):
+        def replace(t):
+            if not isinstance(t, torch.Tensor):
+                return t
+            return inputs[positions[id(t)]] if id(t) in positions else t.clone()
+
+        args, kwargs = tree_map(replace, sample)
+        return op.function(*args, **kwargs)
+
+    return function
+
+
 @every_device
 @pytest.mark.parametrize("path", ["kernel", "reference"])
 @pytest.mark.parametrize(("op", "case"), DIFFERENTIABLE)
 def test_gradcheck(op, case, path, device):
     sample = case.build(F64, device)
-    inputs = differentiated(sample)
+    with fused_ops.reference_mode() if path == "reference" else contextlib.nullcontext():
+        assert gradcheck(of_inputs(op, sample), differentiated(sample), check_forward_ad=True)
 
-    def function(*_):  # the sample holds the very tensors that gradcheck nudges
-        fixed = tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) and not t.requires_grad else t, sample)
-        if path == "kernel":
-            return op.function(*fixed.args, **fixed.kwargs)
-        with fused_ops.reference_mode():
-            return op.function(*fixed.args, **fixed.kwargs)
 
-    if path == "kernel":
-        assert gradcheck(function, inputs)
-    else:
-        with fused_ops.reference_mode():  # the backward pass, too
-            assert gradcheck(function, inputs)
+@every_device
+@pytest.mark.parametrize(("op", "case"), DIFFERENTIABLE)
+def test_gradgradcheck(op, case, device):
+    """Second derivatives, reverse mode over reverse mode and forward mode over reverse mode."""
+    sample = case.build(F64, device)
+    assert gradgradcheck(of_inputs(op, sample), differentiated(sample), check_fwd_over_rev=True)
 
 
 @every_device

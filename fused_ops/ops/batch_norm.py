@@ -18,7 +18,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from fused_ops._op import accumulate_dtype, define, once_differentiable
+from fused_ops._op import accumulate_dtype, define, differentiable
 
 
 def batch_norm_forward(
@@ -97,6 +97,64 @@ _forward = define(batch_norm_forward, mutates_args=("running_mean", "running_var
 _backward = define(batch_norm_backward)
 
 
+def _normalised(input, mean, rstd, training, eps):
+    """x̂, (N, C, ...), and r, (C, 1, ...), as differentiable functions of the input: μ and r, too, in training."""
+    x = input.to(mean.dtype)  # (N, C, ...)
+    if not training:
+        return (x - _per_channel(mean, x)) * _per_channel(rstd, x), _per_channel(rstd, x)
+    centred = x - _mean(x)  # (N, C, ...)
+    r = (_mean(centred.square()) + eps) ** -0.5  # (C, 1, ...)
+    return centred * r, r
+
+
+def _projected(a, x_hat, training):
+    """P(a) = a − mean(a) − x̂·mean(a·x̂), what is left of a without its parts along 1 and along x̂; in evaluation a."""
+    return a - _mean(a) - x_hat * _mean(a * x_hat) if training else a
+
+
+def _output_along(v, input, weight, mean, rstd, dweight, dbias, training, eps):
+    """How fast y changes as x moves along v, γ along dγ and β along dβ: γ·r·P(v) + dγ·x̂ + dβ, (N, C, ...).
+
+    x̂ changes by r·P(v): that is the matrix of the backward pass, which is symmetric. None is no movement.
+    """
+    x_hat, r = _normalised(input, mean, rstd, training, eps)
+    y_t = torch.zeros_like(x_hat)
+    if v is not None:
+        y_t = y_t + _gain(weight, x_hat) * r * _projected(v.to(x_hat.dtype), x_hat, training)
+    if dweight is not None:
+        y_t = y_t + _gain(dweight, x_hat) * x_hat
+    if dbias is not None:
+        y_t = y_t + _gain(dbias, x_hat)
+    return y_t.to(input.dtype)
+
+
+def _pulled_back(v, u, dy, input, weight, mean, rstd, training, eps):
+    """What comes back to x and to γ from a gradient v of dx and u of dγ: the second derivatives.
+
+    In training ψ = Σ v·dx + Σ u·dγ = γ·r·Σ v·P(dy) + u·Σ dy·x̂ depends on x through x̂ and through r:
+
+        e = ∂ψ/∂x̂ = u·dy − γ·r·(v·mean(dy·x̂) + dy·mean(v·x̂))        ∂ψ/∂r = γ·Σ v·P(dy)
+
+    x̂ passes e back as r·P(e), the backward pass once more; and dr/dx = −r²·x̂/N. So
+
+        r·P(e) − γ·r²·x̂·mean(v·P(dy))    comes back to x,     r·Σ v·P(dy)    to γ
+
+    In evaluation x̂ is linear in x and r a constant: u·dy·r comes back to x, r·Σ v·dy to γ.
+    """
+    x_hat, r = _normalised(input, mean, rstd, training, eps)
+    v, dy = v.to(x_hat.dtype), dy.to(x_hat.dtype)  # (N, C, ...)
+    u, gain = _gain(u, x_hat), _gain(weight, x_hat)  # (C, 1, ...)
+    P_dy = _projected(dy, x_hat, training)  # (N, C, ...)
+    e = u * dy  # (N, C, ...)
+    if training:
+        e = e - gain * r * (v * _mean(dy * x_hat) + dy * _mean(v * x_hat))  # (N, C, ...)
+    to_x = r * _projected(e, x_hat, training)  # (N, C, ...)
+    if training:
+        to_x = to_x - gain * r.square() * x_hat * _mean(v * P_dy)  # (N, C, ...)
+    to_weight = (r * v * P_dy).sum(_all_but_channels(x_hat))  # (C)
+    return to_x.to(input.dtype), to_weight
+
+
 class BatchNorm(torch.autograd.Function):
     """Differentiable by input, weight and bias. Its second and third outputs are what the backward pass needs."""
 
@@ -106,19 +164,98 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, _, _, weight, bias, ctx.training, _, _ = inputs
+        input, _, _, weight, bias, training, _, eps = inputs
         _, mean, rstd = output
+        ctx.options = training, eps
         ctx.has_weight, ctx.has_bias = weight is not None, bias is not None
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, mean, rstd)
+        ctx.save_for_forward(input, weight, mean, rstd)
 
-    @once_differentiable
+    @staticmethod
     def backward(ctx, dy, _dmean, _drstd):
         if dy is None:
             return None, None, None, None, None, None, None, None
-        dx, dweight, dbias = _backward(dy, *ctx.saved_tensors, ctx.training)
+        dx, dweight, dbias = _batch_norm_backward(dy, *ctx.saved_tensors, *ctx.options)
         return dx, None, None, dweight if ctx.has_weight else None, dbias if ctx.has_bias else None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, input_t, _mean_t, _var_t, weight_t, bias_t, *_):
+        return _output_along(input_t, *ctx.saved_tensors, weight_t, bias_t, *ctx.options), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, input, running_mean, running_var, weight, bias, training, momentum, eps):
+        """The channels of a batch of batches are all normalised apart: one batch with B·C channels."""
+        if training and running_mean is not None:
+            raise RuntimeError(
+                "batch_norm under vmap cannot move running statistics: a batch of batches has no one mean. "
+                "Use track_running_stats=False, or evaluation mode"
+            )
+        tensors = (input, running_mean, running_var, weight, bias)
+        folded = (_folded(t, dim, info.batch_size) for t, dim in zip(tensors, in_dims, strict=False))
+        y, *statistics = _batch_norm(*folded, training, momentum, eps)
+        return tuple(_unfolded(t, info.batch_size) for t in (y, *statistics)), (1, 0, 0)
+
+
+class BatchNormBackward(torch.autograd.Function):
+    """dx, dweight and dbias, differentiable by dy, input and weight.
+
+    The second derivatives are written in PyTorch's differentiable ops, which gives those of higher order.
+    """
+
+    @staticmethod
+    def forward(dy, input, weight, mean, rstd, training, eps):
+        return _backward(dy, input, weight, mean, rstd, training)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dy, input, weight, mean, rstd, *ctx.options = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, input, weight, mean, rstd)
+        ctx.save_for_forward(dy, input, weight, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, v, dweight_v, dbias_v):
+        dy, *saved = ctx.saved_tensors
+        input, weight, mean, _ = saved
+        to_dy = to_x = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_dy = _output_along(v, *saved, dweight_v, dbias_v, *ctx.options)
+        if any(ctx.needs_input_grad[1:3]):
+            v = torch.zeros_like(input) if v is None else v
+            u = torch.zeros_like(mean) if dweight_v is None else dweight_v
+            to_x, to_weight = _pulled_back(v, u, dy, *saved, *ctx.options)
+        return to_dy, to_x, None if weight is None else to_weight, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, dy_t, input_t, weight_t, *_):
+        """The product rule on dx = γ·r·P(dy), dγ = Σ dy·x̂ and dβ = Σ dy."""
+        dy, input, weight, mean, rstd = ctx.saved_tensors
+        training, eps = ctx.options
+        x_hat, r = _normalised(input, mean, rstd, training, eps)
+        dy, gain = dy.to(x_hat.dtype), _gain(weight, x_hat)  # (N, C, ...), (C, 1, ...)
+        dy_t, x_t = (torch.zeros_like(x_hat) if t is None else t.to(x_hat.dtype) for t in (dy_t, input_t))
+        x_hat_t = r * _projected(x_t, x_hat, training)  # (N, C, ...)
+        dx_t = gain * r * _projected(dy_t, x_hat, training)  # (N, C, ...)
+        if weight_t is not None:
+            dx_t = dx_t + _gain(weight_t, x_hat) * r * _projected(dy, x_hat, training)  # (N, C, ...)
+        if training:
+            r_t = -r.square() * _mean(x_hat * x_t)  # (C, 1, ...)
+            through_x_hat = x_hat_t * _mean(dy * x_hat) + x_hat * _mean(dy * x_hat_t)  # (N, C, ...)
+            dx_t = dx_t + gain * (r_t * _projected(dy, x_hat, training) - r * through_x_hat)  # (N, C, ...)
+        dweight_t = (dy_t * x_hat + dy * x_hat_t).sum(_all_but_channels(x_hat))  # (C)
+        return dx_t.to(input.dtype), dweight_t, dy_t.sum(_all_but_channels(x_hat))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        *tensors, training, eps = args
+        folded = (_folded(t, dim, info.batch_size) for t, dim in zip(tensors, in_dims, strict=False))
+        gradients = _batch_norm_backward(*folded, training, eps)
+        return tuple(_unfolded(t, info.batch_size) for t in gradients), (1, 0, 0)
+
+
+_batch_norm, _batch_norm_backward = differentiable(BatchNorm), differentiable(BatchNormBackward)
 
 
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -139,13 +276,13 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
 
     Raises:
         ValueError: one value a channel in training, one running statistic without the other, eps of 0 in training.
-        RuntimeError: no running statistics in evaluation, parameters that are not of size C, dtypes that don't fit
-            together, and a second backward pass through the gradient (double backward), which is not implemented.
+        RuntimeError: no running statistics in evaluation, parameters that are not of size C, or dtypes that
+            don't fit together.
 
     Source: Ioffe and Szegedy 2015; the gradient is derived in `batch_norm_backward`.
     """
     _check(input, running_mean, running_var, weight, bias, training, eps)
-    y, _, _ = BatchNorm.apply(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y, _, _ = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return y
 
 
@@ -154,6 +291,30 @@ def _dense(x):
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     channels_last = x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
     return x if channels_last else x.contiguous()
+
+
+def _mean(x):
+    """Of each channel, (C, 1, ...)."""
+    return x.mean(_all_but_channels(x))[(...,) + (None,) * (x.dim() - 2)]
+
+
+def _gain(weight, x):
+    """γ in a shape that broadcasts against x, (C, 1, ...), in its dtype; 1 where there is none."""
+    return x.new_ones(()) if weight is None else _per_channel(weight.to(x.dtype), x)
+
+
+def _folded(t, dim, B):
+    """vmap's batch as channels: (N, B·C, ...) of an input, (B·C,) of a vector of channels."""
+    if t is None:
+        return None
+    t = t.expand(B, *t.shape) if dim is None else t.movedim(dim, 0)  # (B, N, C, ...) or (B, C)
+    return t.flatten() if t.dim() == 2 else t.movedim(0, 1).flatten(1, 2)
+
+
+def _unfolded(t, B):
+    """(N, B, C, ...) or (B, C) again."""
+    channels = 0 if t.dim() == 1 else 1
+    return t.unflatten(channels, (B, t.shape[channels] // B))
 
 
 def _all_but_channels(x):

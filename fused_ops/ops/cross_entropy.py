@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy_reduction
 
-from fused_ops._op import accumulate_dtype, define, once_differentiable
-
-# ---------------------------------------------------------------------------------------------------- class indices
+from fused_ops._op import accumulate_dtype, define, differentiable
+from fused_ops.ops._logits import as_rows, neg_log_softmax, reduced, row_gradient, without_classes
+from fused_ops.ops.cross_entropy_probabilities import cross_entropy_probabilities
 
 
 def cross_entropy_forward(
@@ -54,7 +54,7 @@ def cross_entropy_forward(
     x = logits.to(accumulate_dtype(logits.dtype))  # (N, C)
     w, y, kept, w_y = _class_weights(x, target, weight, ignore_index)
 
-    m, log_z, neg_logp = _neg_log_softmax(x)  # (N, 1), (N, 1), (N, C)
+    m, log_z, neg_logp = neg_log_softmax(x)  # (N, 1), (N, 1), (N, C)
     nll = w_y * neg_logp.gather(1, y[:, None])[:, 0]  # (N)
     if label_smoothing > 0:
         smooth = (w * neg_logp).sum(1)  # (N)
@@ -64,7 +64,7 @@ def cross_entropy_forward(
     losses = losses.where(kept, 0)  # (N)
 
     weight_sum = w_y.sum()  # ()
-    loss = _reduce(losses, reduction, weight_sum)
+    loss = reduced(losses, reduction, weight_sum)
     return loss.to(logits.dtype), torch.cat((m, log_z), 1).t().contiguous(), weight_sum
 
 
@@ -92,15 +92,50 @@ def cross_entropy_backward(
     nll_t = (1 - label_smoothing) * w_y  # (N): what t has at the target alone
     smooth_t = label_smoothing / max(x.shape[1], 1) * w  # (C): what t has at every class
     T = nll_t + smooth_t.sum()  # (N)
-    g = _row_gradient(dloss, reduction, weight_sum).to(x.dtype)  # () or (N)
+    g = row_gradient(dloss, reduction, weight_sum, x)  # (N, 1)
 
     dx = T[:, None] * p - smooth_t  # (N, C)
     dx = dx.scatter_add(1, y[:, None], -nll_t[:, None])  # (N, C)
-    dx = torch.where(kept[:, None], g.expand(len(x))[:, None] * dx, 0)  # (N, C)
+    dx = torch.where(kept[:, None], g * dx, 0)  # (N, C)
     return dx.to(logits.dtype).contiguous()
 
 
 _forward, _backward = define(cross_entropy_forward), define(cross_entropy_backward)
+
+
+def _class_weights(x, target, weight, ignore_index):
+    """w (C,), or ones; y (N,) with a harmless 0 where ignored; which rows are kept (N,); w_y (N,), 0 where ignored."""
+    w = x.new_ones(x.shape[1]) if weight is None else weight.to(x.dtype)  # (C)
+    kept = target != ignore_index  # (N)
+    y = target.where(kept, 0)  # (N)
+    return w, y, kept, w.gather(0, y).where(kept, 0)  # gather, unlike w[y], refuses a negative index
+
+
+def _derivative(logits, target, weight, dtype, ignore_index, label_smoothing):
+    """p, (N, C); T, (N, 1), and q = T·p − t = ∂loss_n/∂x_nc, (N, C), both 0 in the rows that are ignored."""
+    x = logits.to(dtype)  # (N, C)
+    w, y, kept, w_y = _class_weights(x, target, weight, ignore_index)
+    nll_t = ((1 - label_smoothing) * w_y)[:, None]  # (N, 1)
+    smooth_t = kept[:, None] * (label_smoothing / max(x.shape[1], 1) * w)  # (N, C)
+    t = smooth_t.scatter_add(1, y[:, None], nll_t)  # (N, C)
+    p, T = x.softmax(1), t.sum(1, keepdim=True)  # (N, C), (N, 1)
+    return p, T, T * p - t
+
+
+def _loss_along(v, logits, target, weight, weight_sum, ignore_index, reduction, label_smoothing):
+    """How fast the loss changes as the logits move along v: Σ_c v_nc·q_nc, reduced as the losses are."""
+    v = v.to(weight_sum.dtype)  # (N, C)
+    _, _, q = _derivative(logits, target, weight, v.dtype, ignore_index, label_smoothing)
+    return reduced((v * q).sum(1), reduction, weight_sum).to(logits.dtype)  # () or (N)
+
+
+def _gradient_along(v, dloss, logits, target, weight, weight_sum, ignore_index, reduction, label_smoothing):
+    """How fast dlogits changes as the logits move along v: g_n·T_n·p_nc·(v_nc − Σ_k p_nk·v_nk), (N, C)."""
+    v = v.to(weight_sum.dtype)  # (N, C)
+    p, T, _ = _derivative(logits, target, weight, v.dtype, ignore_index, label_smoothing)
+    g = row_gradient(dloss, reduction, weight_sum, p)  # (N, 1)
+    g = g.where(T != 0, 0)  # not g·0: in a batch of ignored rows g is infinite
+    return (g * T * p * (v - (p * v).sum(1, keepdim=True))).to(logits.dtype)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -117,122 +152,64 @@ class CrossEntropy(torch.autograd.Function):
         ctx.mark_non_differentiable(stats, weight_sum)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, weight, stats, weight_sum)
-
-    @once_differentiable
-    def backward(ctx, dloss, _dstats, _dweight_sum):
-        dlogits = None if dloss is None else _backward(dloss, *ctx.saved_tensors, *ctx.options)
-        return dlogits, None, None, None, None, None
-
-
-# ----------------------------------------------------------------------------------------------- class probabilities
-
-
-def cross_entropy_probabilities_forward(
-    logits: Tensor, target: Tensor, weight: Optional[Tensor], reduction: str, label_smoothing: float
-) -> Tuple[Tensor, Tensor]:
-    """Loss of class probabilities: loss_n = Σ_c t_nc·(lse_n − x_nc), t_nc = w_c·((1−ε)·y_nc + ε/C).
-
-    Returns loss, () or (N,), in the promoted dtype of logits and target, and stats = (m, log_z), (2, N).
-    """
-    dtype = torch.promote_types(logits.dtype, target.dtype)
-    x = logits.to(accumulate_dtype(dtype))  # (N, C)
-    t = _smoothed(target.to(x.dtype), weight, label_smoothing)  # (N, C)
-    m, log_z, neg_logp = _neg_log_softmax(x)  # (N, 1), (N, 1), (N, C)
-    losses = (t * neg_logp).sum(1)  # (N)
-    loss = _reduce(losses, reduction, len(x))
-    return loss.to(dtype), torch.cat((m, log_z), 1).t().contiguous()
-
-
-def cross_entropy_probabilities_backward(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Optional[Tensor],
-    stats: Tensor,
-    reduction: str,
-    label_smoothing: float,
-) -> Tuple[Tensor, Tensor]:
-    """dx_nc = g_n·(T_n·p_nc − t_nc); and, since the loss is linear in y, dy_nc = g_n·(1−ε)·w_c·(lse_n − x_nc).
-
-    g_n is dloss_n ("none"), dloss ("sum") or dloss / N ("mean"). Returns dlogits and dtarget, (N, C), contiguous.
-    """
-    x = logits.to(stats.dtype)  # (N, C)
-    t = _smoothed(target.to(x.dtype), weight, label_smoothing)  # (N, C)
-    m, log_z = stats.unsqueeze(2)  # (N, 1) each
-    g = _row_gradient(dloss, reduction, len(x)).to(x.dtype).expand(len(x))[:, None]  # (N, 1)
-
-    neg_logp = log_z - (x - m)  # (N, C)
-    p = (-neg_logp).exp()  # (N, C)
-    dx = g * (t.sum(1, keepdim=True) * p - t)  # (N, C)
-    dy = g * (1 - label_smoothing) * neg_logp  # (N, C)
-    if weight is not None:
-        dy = weight.to(x.dtype) * dy  # (N, C)
-    return dx.to(logits.dtype).contiguous(), dy.to(target.dtype).contiguous()
-
-
-_probabilities_forward = define(cross_entropy_probabilities_forward)
-_probabilities_backward = define(cross_entropy_probabilities_backward)
-
-
-class CrossEntropyProbabilities(torch.autograd.Function):
-    """Differentiable by the logits and by the target. Its second output is what the backward pass needs."""
+        ctx.save_for_forward(logits, target, weight, stats, weight_sum)
 
     @staticmethod
-    def forward(logits, target, weight, reduction, label_smoothing):
-        return _probabilities_forward(logits, target, weight, reduction, label_smoothing)
+    def backward(ctx, dloss, _dstats, _dweight_sum):
+        dlogits = None if dloss is None else _cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options)
+        return dlogits, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, logits_t, *_):
+        logits, target, weight, _, weight_sum = ctx.saved_tensors
+        return _loss_along(logits_t, logits, target, weight, weight_sum, *ctx.options), None, None
+
+
+class CrossEntropyBackward(torch.autograd.Function):
+    """dlogits, differentiable by dloss and by the logits.
+
+    dlogits = g·q is the loss's derivative in disguise, and the matrix of second derivatives is symmetric. So what
+    comes back to dloss, from a gradient v of dlogits, is the loss's change along v, and what comes back to the logits
+    is the change of dlogits along v: the two formulas that forward mode needs, too. Both are written in PyTorch's
+    differentiable ops, which gives the derivatives of higher order.
+    """
+
+    @staticmethod
+    def forward(dloss, logits, target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing):
+        return _backward(dloss, logits, target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, weight, *ctx.options = inputs
-        _, stats = output
-        ctx.mark_non_differentiable(stats)
+        *tensors, ignore_index, reduction, label_smoothing = inputs
+        ctx.options = ignore_index, reduction, label_smoothing
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, stats)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
-    @once_differentiable
-    def backward(ctx, dloss, _dstats):
-        if dloss is None:
-            return None, None, None, None, None
-        dlogits, dtarget = _probabilities_backward(dloss, *ctx.saved_tensors, *ctx.options)
-        return dlogits, dtarget, None, None, None
+    @staticmethod
+    def backward(ctx, v):
+        dloss, logits, target, weight, _, weight_sum = ctx.saved_tensors
+        saved = logits, target, weight, weight_sum
+        ddloss = dlogits = None
+        if v is not None and ctx.needs_input_grad[0]:
+            ddloss = _loss_along(v, *saved, *ctx.options)
+        if v is not None and ctx.needs_input_grad[1]:
+            dlogits = _gradient_along(v, dloss, *saved, *ctx.options)
+        return ddloss, dlogits, None, None, None, None, None, None, None
 
-
-# ------------------------------------------------------------------------------------------------ what they share
-
-
-def _neg_log_softmax(x):
-    """The two parts of lse, m (N, 1) and log_z (N, 1), and −log p = log_z − (x − m), (N, C)."""
-    m = x.amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)  # (N, 1)
-    log_z = (x - m).exp().sum(1, keepdim=True).log()  # (N, 1)
-    return m, log_z, log_z - (x - m)
-
-
-def _class_weights(x, target, weight, ignore_index):
-    """w (C,), or ones; y (N,) with a harmless 0 where ignored; which rows are kept (N,); w_y (N,), 0 where ignored."""
-    w = x.new_ones(x.shape[1]) if weight is None else weight.to(x.dtype)  # (C)
-    kept = target != ignore_index  # (N)
-    y = target.where(kept, 0)  # (N)
-    return w, y, kept, w.gather(0, y).where(kept, 0)  # gather, unlike w[y], refuses a negative index
+    @staticmethod
+    def jvp(ctx, dloss_t, logits_t, *_):
+        dloss, logits, target, weight, stats, weight_sum = ctx.saved_tensors
+        saved = logits, target, weight
+        dlogits_t = torch.zeros_like(logits, memory_format=torch.contiguous_format)  # (N, C)
+        if dloss_t is not None:
+            dlogits_t = dlogits_t + _cross_entropy_backward(dloss_t, *saved, stats, weight_sum, *ctx.options)
+        if logits_t is not None:
+            dlogits_t = dlogits_t + _gradient_along(logits_t, dloss, *saved, weight_sum, *ctx.options)
+        return dlogits_t
 
 
-def _smoothed(y, weight, label_smoothing):
-    """t_nc = w_c·((1−ε)·y_nc + ε/C), (N, C)."""
-    t = (1 - label_smoothing) * y + label_smoothing / max(y.shape[1], 1)  # (N, C)
-    return t if weight is None else weight.to(y.dtype) * t
-
-
-def _reduce(losses, reduction, divisor):
-    if reduction == "none":
-        return losses
-    return losses.sum() / divisor if reduction == "mean" else losses.sum()
-
-
-def _row_gradient(dloss, reduction, divisor):
-    """g_n, the gradient of the whole by one row's loss: () or (N,)."""
-    return dloss / divisor if reduction == "mean" else dloss
-
-
-# ------------------------------------------------------------------------------------------------ public function
+_cross_entropy, _cross_entropy_backward = differentiable(CrossEntropy), differentiable(CrossEntropyBackward)
 
 
 def cross_entropy(
@@ -264,8 +241,7 @@ def cross_entropy(
     Raises:
         IndexError: a class index out of range (RuntimeError where the reference runs).
         ValueError: batch sizes that differ, or an unknown reduction.
-        RuntimeError: other shapes or dtypes that don't fit together, a weight that requires a gradient, and a
-            second backward pass through the gradient (double backward), which is not implemented.
+        RuntimeError: other shapes or dtypes that don't fit together, and a weight that requires a gradient.
 
     Source: derived at the head of `fused_ops/ops/cross_entropy.py`; label smoothing after Szegedy et al. 2016.
     """
@@ -273,25 +249,13 @@ def cross_entropy(
         reduction = legacy_reduction.legacy_get_string(size_average, reduce)
     _check(input, target, weight, ignore_index, reduction, label_smoothing)
 
-    logits = _rows(input)
+    logits = as_rows(input)
     if target.is_floating_point():
-        loss, _ = CrossEntropyProbabilities.apply(logits, _rows(target), weight, reduction, label_smoothing)
+        loss, _ = cross_entropy_probabilities(logits, as_rows(target), weight, reduction, label_smoothing)
     else:
         y = target.reshape(-1).long()  # (N)
-        loss, _, _ = CrossEntropy.apply(logits, y, weight, ignore_index, reduction, label_smoothing)
-    return loss.reshape(_without_classes(input)) if reduction == "none" else loss
-
-
-def _rows(x):
-    """(C,), (N, C) or (N, C, d1, d2, ...) as rows of classes, (rows, C)."""
-    if x.dim() == 2:
-        return x
-    return x[None] if x.dim() == 1 else x.movedim(1, -1).flatten(0, -2)
-
-
-def _without_classes(x):
-    """The shape of (C,), (N, C) or (N, C, d1, d2, ...) without its C."""
-    return x.shape[:1] + x.shape[2:] if x.dim() > 1 else ()
+        loss, _, _ = _cross_entropy(logits, y, weight, ignore_index, reduction, label_smoothing)
+    return loss.reshape(without_classes(input)) if reduction == "none" else loss
 
 
 def _check(input, target, weight, ignore_index, reduction, label_smoothing):
@@ -314,7 +278,7 @@ def _check(input, target, weight, ignore_index, reduction, label_smoothing):
     else:
         if target.dtype not in (torch.int64, torch.uint8):
             raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
-        expected = _without_classes(input)
+        expected = without_classes(input)
     if target.shape != expected:
         if input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]:
             raise ValueError(
