@@ -19,16 +19,19 @@ LIB = torch.library.Library("fused_ops", "DEF")
 REFERENCES = {}  # op -> the undecorated reference that defines it
 
 
-def define(reference, mutates_args=()):
+def define(reference, mutates_args=(), implementation=None):
     """Declare `reference` as the op `torch.ops.fused_ops.<its name>` and return that op.
 
     The reference must not look at the values in its tensors (no `.item()`, no branch on data): fake tensors have none.
-    `mutates_args` names the arguments it writes to.
+    `mutates_args` names the arguments it writes to. `implementation` is for an op that is made of other ops in a way
+    that no student should have to read first: it runs on every device, and the reference only on fake tensors.
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates_args)
     LIB.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    LIB.impl(name, reference, "CompositeExplicitAutograd")
+    LIB.impl(name, implementation or reference, "CompositeExplicitAutograd")
+    if implementation:
+        LIB.impl(name, reference, "Meta")
     op = getattr(torch.ops.fused_ops, name).default
     REFERENCES[op] = reference
     return op
@@ -42,6 +45,7 @@ def accumulate_dtype(dtype):
 def differentiable(function):
     """A callable that applies an `autograd.Function` with `setup_context`, `backward` and `jvp`, in every mode.
 
+    Its `forward` names every parameter, since torch.compile counts them.
     Under `torch.func.vmap`, by the function's own `vmap` if it has one, else op by op; and under `torch.compile`, which
     traces no function that has a jvp: there by a twin without it.
     Forward mode within forward mode raises a RuntimeError: there PyTorch takes what a jvp returns for a constant, and
@@ -64,6 +68,17 @@ def differentiable(function):
         return function.apply(*args)
 
     return apply
+
+
+def looped(apply, info, in_dims, args):
+    """What a function's `vmap` returns where there is no batched form: the samples one by one."""
+
+    def sample(i):
+        return apply(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
+
+    outputs = zip(*map(sample, range(info.batch_size)), strict=True)
+    outputs = tuple(torch.stack(of_samples) for of_samples in outputs)
+    return outputs, (0,) * len(outputs)
 
 
 class reference_mode(TorchDispatchMode):  # lower case: used as a context manager, like torch.inference_mode
