@@ -95,9 +95,9 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
         (ops.batch_norm_forward, (X, None, None, None, None, False, 0.1, 1e-5)),
         (ops.batch_norm_forward, (X, None, None, X[0, :2], None, True, 0.1, 1e-5)),
         (ops.batch_norm_forward, (X, X[0, :2], X[0], None, None, True, 0.1, 1e-5)),
-        (ops.batch_norm_backward, (X[:2], X, None, X[0], X[0], True)),
-        (ops.batch_norm_backward, (X, X, None, X[0, :2], X[0], True)),
-        (ops.batch_norm_backward, (X.double(), X, None, X[0], X[0], True)),
+        (ops.batch_norm_backward, (X[:2], X, None, X[0], X[0], True, 1e-5)),
+        (ops.batch_norm_backward, (X, X, None, X[0, :2], X[0], True, 1e-5)),
+        (ops.batch_norm_backward, (X.double(), X, None, X[0], X[0], True, 1e-5)),
     ]
     for op, arguments in calls:
         with pytest.raises(RuntimeError):

@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
-                                                       Tensor mean_in, Tensor rstd_in, bool training) {
+                                                       Tensor mean_in, Tensor rstd_in, bool training, double) {
   STD_TORCH_CHECK(input.dim() >= 2 && dy.dim() == input.dim() && dy.scalar_type() == input.scalar_type(),
                   "dy and input should have one shape, (N, C, ...), and one dtype");
   for (int64_t d = 0; d < input.dim(); ++d)

@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_ops._op import accumulate_dtype
+from fused_ops._op import accumulate_dtype, is_autocast_enabled
 
 
 def as_rows(x):
@@ -48,7 +48,7 @@ def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoo
                 f"weight tensor should be defined either for all {classes} classes or no classes "
                 f"but got weight tensor of shape: {list(weight.shape)}"
             )
-        autocast = torch.is_autocast_enabled(target.device.type)
+        autocast = is_autocast_enabled(target.device)
         if weight.dtype != dtype and not (autocast and weight.dtype == accumulate_dtype(dtype)):
             raise RuntimeError(f"expected scalar type {dtype} but found {weight.dtype}")
         if weight.requires_grad and torch.is_grad_enabled():

@@ -18,7 +18,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from fused_ops._op import accumulate_dtype, define, differentiable
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable
 
 
 def batch_norm_forward(
@@ -59,7 +59,7 @@ def batch_norm_forward(
 
 
 def batch_norm_backward(
-    dy: Tensor, input: Tensor, weight: Optional[Tensor], mean: Tensor, rstd: Tensor, training: bool
+    dy: Tensor, input: Tensor, weight: Optional[Tensor], mean: Tensor, rstd: Tensor, training: bool, eps: float
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradient of y = γ·x̂ + β, with x̂ = (x − μ)·r and r = (σ² + ε)^-½ (σ² biased).
 
@@ -158,9 +158,7 @@ def _pulled_back(v, u, dy, input, weight, mean, rstd, training, eps):
 class BatchNorm(torch.autograd.Function):
     """Differentiable by input, weight and bias. Its second and third outputs are what the backward pass needs."""
 
-    @staticmethod
-    def forward(input, running_mean, running_var, weight, bias, training, momentum, eps):
-        return _forward(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    forward = below_autograd(_forward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -204,9 +202,7 @@ class BatchNormBackward(torch.autograd.Function):
     The second derivatives are written in PyTorch's differentiable ops, which gives those of higher order.
     """
 
-    @staticmethod
-    def forward(dy, input, weight, mean, rstd, training, eps):
-        return _backward(dy, input, weight, mean, rstd, training)
+    forward = below_autograd(_backward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -255,7 +251,8 @@ class BatchNormBackward(torch.autograd.Function):
         return tuple(_unfolded(t, info.batch_size) for t in gradients), (1, 0, 0)
 
 
-_batch_norm, _batch_norm_backward = differentiable(BatchNorm), differentiable(BatchNormBackward)
+_batch_norm = differentiable(_forward, BatchNorm)
+_batch_norm_backward = differentiable(_backward, BatchNormBackward)
 
 
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy_reduction
 
-from fused_ops._op import accumulate_dtype, define, differentiable, looped
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, is_autocast_enabled, looped
 from fused_ops.ops._logits import as_rows, check_loss, without_classes
 from fused_ops.ops.cross_entropy_derivatives import (
     RowDerivatives,
@@ -153,9 +153,7 @@ backward_op_ = define(cross_entropy_backward_, mutates_args=("logits",))
 class CrossEntropy(torch.autograd.Function):
     """Differentiable by the logits and by class probabilities. Two more outputs are what the backward pass needs."""
 
-    @staticmethod
-    def forward(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap):
-        return forward_op(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
+    forward = below_autograd(forward_op)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -201,13 +199,7 @@ class CrossEntropy(torch.autograd.Function):
 class CrossEntropyBackward(torch.autograd.Function):
     """dlogits and dtarget, differentiable by dloss, logits and target."""
 
-    @staticmethod
-    def forward(
-        dloss, logits, target, weight, stats, divisor,
-        ignore_index, reduction, label_smoothing, z_loss, softcap, needs_logits, needs_target,
-    ):  # fmt: skip
-        options = ignore_index, reduction, label_smoothing, z_loss, softcap, needs_logits, needs_target
-        return _backward_op(dloss, logits, target, weight, stats, divisor, *options)
+    forward = below_autograd(_backward_op)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -293,8 +285,8 @@ class InplaceCrossEntropy(CrossEntropy):
         raise RuntimeError("cross_entropy(inplace_grad=True) cannot be vmapped: use inplace_grad=False")
 
 
-_cross_entropy, _cross_entropy_backward = differentiable(CrossEntropy), differentiable(CrossEntropyBackward)
-_inplace_cross_entropy = differentiable(InplaceCrossEntropy)
+_cross_entropy = differentiable(forward_op, CrossEntropy)
+_cross_entropy_backward = differentiable(_backward_op, CrossEntropyBackward)
 
 
 def cross_entropy(
@@ -327,7 +319,7 @@ def cross_entropy(
         softcap: cap > 0; replaces the logits x by cap·tanh(x/cap).
         inplace_grad: let the gradient take the storage of the logits in the backward pass, which saves its memory (a
             copy of the logits does, where they are not contiguous rows of classes). There are no second derivatives
-            then, and the logits are gone.
+            then, and the logits are gone. torch.compile, which plans memory itself, passes over it.
 
     Returns:
         The loss, in nats: () or, for "none", of the shape of `input` without C; of the dtype of `input` or, under
@@ -358,9 +350,12 @@ def cross_entropy(
         logits, y = logits.to(dtype), as_rows(target).to(dtype)  # (N, C) each
     else:
         y = target.reshape(-1).long()  # (N)
-    apply, logits = (_inplace_cross_entropy, logits.contiguous()) if inplace_grad else (_cross_entropy, logits)
-    loss, _, _ = apply(logits, y, weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
-    if not torch.is_autocast_enabled(input.device.type):
+    options = ignore_index, reduction, label_smoothing, z_loss, softcap
+    if inplace_grad and not torch.compiler.is_compiling():
+        loss, _, _ = InplaceCrossEntropy.apply(logits.contiguous(), y, weight, *options)
+    else:
+        loss, _, _ = _cross_entropy(logits, y, weight, *options)
+    if not is_autocast_enabled(input.device):
         loss = loss.to(dtype)
     return loss.reshape(without_classes(input.shape)) if reduction == "none" else loss
 

@@ -24,7 +24,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fused_ops._op import accumulate_dtype, define, differentiable, looped
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, is_autocast_enabled, looped
 from fused_ops.ops import cross_entropy as ce
 from fused_ops.ops._logits import as_rows, check_loss, without_classes
 from fused_ops.ops.cross_entropy_derivatives import mean_weights, reduced, row_gradient
@@ -154,13 +154,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     The second output is the mean's divisor; the others are the gradients for dloss = 1, of whatever `needs` names.
     """
 
-    @staticmethod
-    def forward(
-        input, linear_weight, linear_bias, target, weight,
-        ignore_index, reduction, label_smoothing, z_loss, softcap, classes, chunk_size, needs,
-    ):  # fmt: skip
-        options = ignore_index, reduction, label_smoothing, z_loss, softcap, classes, chunk_size, needs
-        return _forward(input, linear_weight, linear_bias, target, weight, *options)
+    forward = below_autograd(_forward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -178,7 +172,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if dloss is None:
             return (None,) * 13
-        if ctx.gradients is None or torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack():
+        if ctx.gradients is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             gradients = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, list(needs))
         else:  # the first backward pass takes the gradients that the forward pass made, and multiplies in place
             gradients, ctx.gradients = [g.mul_(dloss) for g in ctx.gradients], None
@@ -198,13 +192,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 class LinearCrossEntropyBackward(torch.autograd.Function):
     """dinput, dlinear_weight, dlinear_bias and dtarget, differentiable by dloss and by what they are gradients by."""
 
-    @staticmethod
-    def forward(
-        dloss, input, linear_weight, linear_bias, target, weight, divisor,
-        ignore_index, reduction, label_smoothing, z_loss, softcap, classes, chunk_size, needs,
-    ):  # fmt: skip
-        options = ignore_index, reduction, label_smoothing, z_loss, softcap, classes, chunk_size, needs
-        return _backward(dloss, input, linear_weight, linear_bias, target, weight, divisor, *options)
+    forward = below_autograd(_backward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -241,8 +229,8 @@ class LinearCrossEntropyBackward(torch.autograd.Function):
         return looped(_linear_cross_entropy_backward, info, in_dims, args)
 
 
-_linear_cross_entropy = differentiable(LinearCrossEntropy)
-_linear_cross_entropy_backward = differentiable(LinearCrossEntropyBackward)
+_linear_cross_entropy = differentiable(_forward, LinearCrossEntropy)
+_linear_cross_entropy_backward = differentiable(_backward, LinearCrossEntropyBackward)
 
 
 def linear_cross_entropy(
@@ -290,7 +278,7 @@ def linear_cross_entropy(
         chunk_size = options.batch_chunk_size
     shape = _check(input, linear_weight, target, linear_bias, ignore_index, chunk_size)
     ignore_index = -100 if ignore_index is None else ignore_index
-    if autocast := torch.is_autocast_enabled(input.device.type):
+    if autocast := is_autocast_enabled(input.device):
         input, linear_weight, linear_bias = map(_autocast, (input, linear_weight, linear_bias))
     check_loss(shape, input.dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
@@ -314,12 +302,7 @@ def linear_cross_entropy(
 def _in_forward_pass(reduction):
     """Whether the gradients can be made in the forward pass: there will be one number to multiply them by, and nothing
     that would differentiate or batch the pass itself."""
-    return (
-        reduction != "none"
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._functorch.get_interpreter_stack()
-    )
+    return reduction != "none" and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
 
 
 def _autocast(t):
