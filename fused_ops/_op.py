@@ -48,7 +48,7 @@ def is_autocast_enabled(device):
 
 
 def below_autograd(op):
-    """The `forward` of the op's `autograd.Function`: runs its kernel, where a plain call would come back to autograd."""
+    """The `forward` of an op's `autograd.Function`: runs its kernel, where a plain call would come back to autograd."""
 
     def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
