@@ -158,10 +158,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.needs = inputs[:5] + inputs[12:]
-        ctx.options = inputs[5:12]
+        tensors, ctx.options, ctx.made = inputs[:5], inputs[5:12], inputs[12]
         _, divisor, *gradients = output
-        ctx.gradients = gradients if any(ctx.needs) else None
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(divisor, *gradients)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, divisor)
@@ -172,10 +171,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if dloss is None:
             return (None,) * 13
-        if ctx.gradients is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            gradients = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, list(needs))
-        else:  # the first backward pass takes the gradients that the forward pass made, and multiplies in place
+        made = ctx.gradients is not None and all(m or not n for m, n in zip(ctx.made, needs, strict=True))
+        if made and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            # the first backward pass takes what the forward pass made, and multiplies in place
             gradients, ctx.gradients = [g.mul_(dloss) for g in ctx.gradients], None
+        else:
+            gradients = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, list(needs))
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 9
 
     @staticmethod
