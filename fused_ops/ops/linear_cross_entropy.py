@@ -172,11 +172,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         if dloss is None:
             return (None,) * 13
         made = ctx.gradients is not None and all(m or not n for m, n in zip(ctx.made, needs, strict=True))
-        if made and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            # the first backward pass takes what the forward pass made, and multiplies in place
-            gradients, ctx.gradients = [g.mul_(dloss) for g in ctx.gradients], None
-        else:
+        if not made or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             gradients = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, list(needs))
+        elif type(dloss) is Tensor:  # the first backward pass takes what the forward pass made, and multiplies in place
+            gradients, ctx.gradients = [g.mul_(dloss) for g in ctx.gradients], None
+        else:  # a compiler traces this, for any number of backward passes
+            gradients = [g * dloss for g in ctx.gradients]
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 9
 
     @staticmethod
