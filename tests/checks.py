@@ -1,10 +1,22 @@
 """What the checks of several test files share: running a function with its gradients, and comparing with the truth."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves, tree_map
 
 F64 = torch.float64
+FLOATS = (torch.float32, F64, torch.bfloat16, torch.float16)
+
+
+def with_dtypes(params, supported):
+    """Each pytest parameter once for every float dtype among those that `supported(*its values)` gives."""
+    return [
+        pytest.param(*param.values, dtype, marks=param.marks, id=f"{param.id}-{str(dtype).removeprefix('torch.')}")
+        for param in params
+        for dtype in FLOATS
+        if dtype in supported(*param.values)
+    ]
 
 
 def tensors(tree):

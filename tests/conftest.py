@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from tally import Table, Tally
 
 collect_ignore = [] if os.environ.get("FUSED_OPS_SEED_NAMES") else ["test_seed.py"]
@@ -26,6 +27,15 @@ def pytest_addoption(parser):
 @pytest.fixture
 def tally(request):
     return Tally(request.node.user_properties)
+
+
+@pytest.fixture
+def one_thread():
+    """For many small tensors: several threads would only wait for each other, for minutes where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):

@@ -6,15 +6,15 @@ function lacks it, compute it in `TRUTH`.
 
 import pytest
 import torch
-from checks import F64, assert_as_near, run
+from checks import F64, FLOATS, assert_as_near, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from samples import Sample, leaf
 
 import fused_ops.functional
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = 150  # of each op
-FLOATS = (torch.float32, F64, torch.bfloat16, torch.float16)
 INDICES = (torch.int64, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
 

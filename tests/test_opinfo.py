@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from checks import F64, assert_as_near, of_inputs, run
+from checks import F64, assert_as_near, differentiated, of_inputs, run, with_dtypes
 from samples import Sample
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_methods_invocations import op_db
@@ -17,6 +17,7 @@ from torch.testing._internal.common_utils import noncontiguous_like
 
 import fused_ops.functional
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("batch_norm", "cross_entropy", "linear_cross_entropy")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -35,10 +36,13 @@ def entries(device):
                 yield pytest.param(entry, device, marks=marks, id=f"{name}{variant}-{device}")
 
 
-every_entry = pytest.mark.parametrize(("entry", "device"), [*entries("cpu"), *entries("cuda")])
-every_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float32, F64, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).removeprefix("torch.")
-)
+def dtypes(entry, device):
+    return entry.supported_dtypes(device) if entry else [F64]
+
+
+ENTRIES = [*entries("cpu"), *entries("cuda")]
+every_entry = pytest.mark.parametrize(("entry", "device"), ENTRIES)
+every_entry_and_dtype = pytest.mark.parametrize(("entry", "device", "dtype"), with_dtypes(ENTRIES, dtypes))
 
 
 def ours(entry):
@@ -104,12 +108,11 @@ def excluded(entry):
         )
 
 
-@every_dtype
-@every_entry
+@every_entry_and_dtype
 @pytest.mark.parametrize("noncontiguous", [False, True], ids=["contiguous", "noncontiguous"])
 def test_samples(entry, device, dtype, noncontiguous, tally):
-    if dtype not in entry.supported_dtypes(device):
-        return  # every entry of torch 2.10 to 2.13 lists all four
+    for checks, reason in excluded(entry):
+        tally.note("OpInfo", label(entry, device), checks, reason)
 
     def check(sample):
         cotangent = noncontiguous_like if noncontiguous else lambda dout: dout
@@ -118,17 +121,14 @@ def test_samples(entry, device, dtype, noncontiguous, tally):
 
     cases = samples(entry, device, dtype, noncontiguous)
     tally.try_all("OpInfo", label(entry, device), ["non-contiguous" if noncontiguous else "samples"], cases, check)
-    for checks, reason in excluded(entry):
-        tally.note("OpInfo", label(entry, device), checks, reason)
 
 
 @every_entry
 def test_gradcheck(entry, device, tally):
     def check(sample):
-        inputs = [t for t in [*sample.args, *sample.kwargs.values()] if getattr(t, "requires_grad", False)]
         assert gradcheck(
             of_inputs(ours(entry), sample),
-            inputs,
+            differentiated(sample),
             check_forward_ad=True,
             check_batched_grad=True,
             check_batched_forward_grad=True,
@@ -142,10 +142,9 @@ def test_gradcheck(entry, device, tally):
 @every_entry
 def test_gradgradcheck(entry, device, tally):
     def check(sample):
-        inputs = [t for t in [*sample.args, *sample.kwargs.values()] if getattr(t, "requires_grad", False)]
         assert gradgradcheck(
             of_inputs(ours(entry), sample),
-            inputs,
+            differentiated(sample),
             check_fwd_over_rev=True,
             check_batched_grad=True,
             check_grad_dtypes=True,
@@ -155,7 +154,9 @@ def test_gradgradcheck(entry, device, tally):
     tally.try_all("OpInfo", label(entry, device), ["gradgradcheck", "fwd over rev"], samples(entry, device, F64), check)
 
 
-@every_entry
+@pytest.mark.parametrize(
+    ("entry", "device"), [p for p in ENTRIES if p.values[0] is None or p.values[0].error_inputs_func is not None]
+)
 def test_error_inputs(entry, device, tally):
     def check(error):
         sample = error.sample_input
@@ -166,9 +167,8 @@ def test_error_inputs(entry, device, tally):
             raised.append(caught.type)
         assert raised[0] is raised[1]
 
-    if entry.error_inputs_func is not None:
-        cases = ((error.error_regex, error) for error in entry.error_inputs(device))
-        tally.try_all("OpInfo", label(entry, device), ["errors"], cases, check)
+    cases = ((error.error_regex, error) for error in entry.error_inputs(device))
+    tally.try_all("OpInfo", label(entry, device), ["errors"], cases, check)
 
 
 @every_entry

@@ -9,7 +9,7 @@ import contextlib
 
 import pytest
 import torch
-from checks import F64, assert_as_near, copies, differentiated, of_inputs, run, tensors
+from checks import F64, FLOATS, assert_as_near, copies, differentiated, of_inputs, run, tensors
 from samples import OPS
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_ops
 from fused_ops._op import REFERENCES
 
-FLOATS = (torch.float32, F64, torch.bfloat16, torch.float16)
 CASES = [pytest.param(op, case, id=f"{name}-{key}") for name, op in OPS.items() for key, case in op.cases.items()]
 DIFFERENTIABLE = [param for param in CASES if param.values[1].gradcheck]
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
