@@ -154,8 +154,20 @@ def test_exports_linear_cross_entropy(strict):
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_computes_the_loss_in_float32(loss, target, reduction, dtype):
+    """And differentiates it, as near as the rounding of inputs and logits to 16 bits allows."""
+
+    def of_rounded(input, linear_weight, target, linear_bias, **options):
+        input, linear_weight, linear_bias = (t.to(dtype).float() for t in (input, linear_weight, linear_bias))
+        return torch_linear_cross_entropy(input, linear_weight, target, linear_bias, **options)
+
+    options = {"reduction": reduction, "weight": torch.arange(1.0, 1.0 + C)}
     with torch.autocast("cpu", dtype=dtype):
-        assert_like_torch(loss, target, reduction=reduction, weight=torch.arange(1.0, 1.0 + C))
+        ours, theirs = (value_and_gradients(f, target, **options) for f in (loss, torch_linear_cross_entropy))
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs] == [torch.float32] * len(ours)
+    rtol = 4 * torch.finfo(dtype).eps
+    assert_close(ours, value_and_gradients(of_rounded, target, **options), rtol=rtol, atol=rtol)
+    if loss is linear_cross_entropy:
+        assert_close(ours[0], of_rounded(INPUT, LINEAR_WEIGHT, target, LINEAR_BIAS, **options))  # it rounds no logits
 
 
 @every_loss
