@@ -154,7 +154,7 @@ def test_exports_linear_cross_entropy(strict):
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_computes_the_loss_in_float32(loss, target, reduction, dtype):
-    """And differentiates it, as near as the rounding of inputs and logits to 16 bits allows."""
+    """As torch does, or, where no logits are rounded to 16 bits, nearer to the loss of the rounded inputs."""
 
     def of_rounded(input, linear_weight, target, linear_bias, **options):
         input, linear_weight, linear_bias = (t.to(dtype).float() for t in (input, linear_weight, linear_bias))
@@ -164,10 +164,11 @@ def test_autocast_computes_the_loss_in_float32(loss, target, reduction, dtype):
     with torch.autocast("cpu", dtype=dtype):
         ours, theirs = (value_and_gradients(f, target, **options) for f in (loss, torch_linear_cross_entropy))
     assert [t.dtype for t in ours] == [t.dtype for t in theirs] == [torch.float32] * len(ours)
-    rtol = 4 * torch.finfo(dtype).eps
-    assert_close(ours, value_and_gradients(of_rounded, target, **options), rtol=rtol, atol=rtol)
-    if loss is linear_cross_entropy:
-        assert_close(ours[0], of_rounded(INPUT, LINEAR_WEIGHT, target, LINEAR_BIAS, **options))  # it rounds no logits
+    if loss is cross_entropy:
+        return assert_close(ours, theirs)
+    expected = value_and_gradients(of_rounded, target, **options)
+    assert_close(ours[0], expected[0])
+    return assert_close(ours, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
 
 @every_loss
