@@ -108,6 +108,9 @@ FUSED_OPS_HOST_DEVICE inline float tanh(float x) {
 #endif
 }
 
+FUSED_OPS_HOST_DEVICE inline double erf(double x) { return std::erf(x); }
+FUSED_OPS_HOST_DEVICE inline float erf(float x) { return std::erf(x); }
+
 // The number of values, their mean, and the sum of their squared distances from it.
 template <typename Acc>
 struct Moments {

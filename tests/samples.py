@@ -204,11 +204,21 @@ def cross_entropy_cases():
 # --------------------------------------------------------------------------------------------------------- batch norm
 
 
+def composed_batch_norm(*args, activation=None, residual=None, **kwargs):
+    """What PyTorch takes three functions for."""
+    y = torch.nn.functional.batch_norm(*args, **kwargs)
+    y = y if residual is None else y + residual
+    return y if activation is None else getattr(torch.nn.functional, activation)(y)
+
+
 def batch_norm_cases():
     cases = {}
 
-    def case(name, shape, gradcheck=True, view=None, training=True, mixed=False, **changed):
-        """A batch norm of this shape; `view` changes the strides of the input, `changed` replaces arguments."""
+    def case(name, shape, gradcheck=True, view=None, training=True, mixed=False, residual=None, **changed):
+        """A batch norm of this shape; `view` changes the strides of the input, `changed` replaces arguments.
+
+        `residual` makes the residual from a tensor that has the values of one and is contiguous.
+        """
 
         def build(dtype, device):
             make = Maker(name, dtype, device)
@@ -224,6 +234,8 @@ def batch_norm_cases():
                 "bias": make(C, **learnt),
                 "training": training,
             }
+            if residual is not None:
+                arguments["residual"] = leaf(residual(make(*x.shape)))
             return Sample((x,), {**arguments, **changed})
 
         cases[name] = Case(build, gradcheck)
@@ -274,10 +286,41 @@ def batch_norm_cases():
     for training in (True, False):
         suffix = "training" if training else "evaluation"
         case(f"mixed-{suffix}", (9, 5), training=training, mixed=True, gradcheck=False)
+
+    # what follows the affine part
+    def same(r):
+        return r
+
+    activations = ("relu", "leaky_relu", "tanh", "gelu", "silu")
+    for activation, adds, training in itertools.product((None, *activations), (False, True), (True, False)):
+        name = f"{activation}{'-residual' * adds}-{'training' if training else 'evaluation'}"
+        if activation or adds:
+            case(name, (4, 3, 2), training=training, activation=activation, residual=same if adds else None)
+    strided = {"residual": lambda r: r.transpose(0, 1).contiguous().transpose(0, 1)}
+    case("tanh-residual-no-affine", (5, 3), activation="tanh", residual=same, weight=None, bias=None)
+    case("silu-weight-only", (5, 3), activation="silu", bias=None)
+    case("gelu-residual-bias-only-evaluation", (5, 3), False, activation="gelu", weight=None, training=False, **strided)
+    case("residual-expanded", (5, 3, 4), gradcheck=False, residual=lambda r: r[:1].expand(5, 3, 4))
+    case("tanh-residual-transposed", (5, 3), activation="tanh", **strided)
+    case("silu-residual-transposed-input", (3, 5), view=lambda x: x.t(), activation="silu", residual=same)
+    case("gelu-residual-channels-last", (2, 3, 4, 5), activation="gelu", residual=lambda r: r.to(memory_format=last))
+    case(
+        "tanh-channels-last-residual",
+        (2, 3, 4, 5),
+        view=lambda x: x.to(memory_format=last),
+        activation="tanh",
+        residual=same,
+    )
+    case("relu-residual-mixed", (9, 5), mixed=True, gradcheck=False, activation="relu", residual=same)
+    case("silu-empty", (0, 3), activation="silu", residual=same)
+    # several strips to a tile: see kStrip in csrc/cpu/batch_norm.cpp
+    case("strips-rows", (70, 600), gradcheck=False, activation="tanh", **strided)
+    case("strips-planes", (2, 3, 50, 51), gradcheck=False, activation="gelu", residual=same)
+    case("strips-small-planes", (9, 300, 9), gradcheck=False, activation="silu", residual=same)
     return cases
 
 
 OPS = {
     "cross_entropy": Op(fused_ops.functional.cross_entropy, torch.nn.functional.cross_entropy, cross_entropy_cases()),
-    "batch_norm": Op(fused_ops.functional.batch_norm, torch.nn.functional.batch_norm, batch_norm_cases()),
+    "batch_norm": Op(fused_ops.functional.batch_norm, composed_batch_norm, batch_norm_cases()),
 }

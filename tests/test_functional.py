@@ -75,6 +75,7 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
     ops = torch.ops.fused_ops
     stats, scalar = torch.zeros(2, 2), torch.tensor(1.0)
     options = -100, "mean", 0.0
+    needed = True, "tanh", True, True, True
     calls = [
         (ops.cross_entropy_forward, (LOGITS, TARGET[:1], None, *options)),
         (ops.cross_entropy_forward, (LOGITS, TARGET, X[0, :2], *options)),
@@ -84,13 +85,18 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
         (ops.cross_entropy_backward, (scalar, LOGITS, TARGET, None, stats[:1], scalar, *options)),
         (ops.cross_entropy_backward, (scalar, LOGITS, TARGET, None, stats, X[0], *options)),
         (ops.cross_entropy_backward, (X[0], LOGITS, TARGET, None, stats, scalar, *options)),
-        (ops.batch_norm_forward, (X[0], None, None, None, None, True, 0.1, 1e-5)),
-        (ops.batch_norm_forward, (X, None, None, None, None, False, 0.1, 1e-5)),
-        (ops.batch_norm_forward, (X, None, None, X[0, :2], None, True, 0.1, 1e-5)),
-        (ops.batch_norm_forward, (X, X[0, :2], X[0], None, None, True, 0.1, 1e-5)),
-        (ops.batch_norm_backward, (X[:2], X, None, X[0], X[0], True)),
-        (ops.batch_norm_backward, (X, X, None, X[0, :2], X[0], True)),
-        (ops.batch_norm_backward, (X.double(), X, None, X[0], X[0], True)),
+        (ops.batch_norm_forward, (X[0], None, None, None, None, True, 0.1, 1e-5, None, None)),
+        (ops.batch_norm_forward, (X, None, None, None, None, False, 0.1, 1e-5, None, None)),
+        (ops.batch_norm_forward, (X, None, None, X[0, :2], None, True, 0.1, 1e-5, None, None)),
+        (ops.batch_norm_forward, (X, X[0, :2], X[0], None, None, True, 0.1, 1e-5, None, None)),
+        (ops.batch_norm_forward, (X, None, None, None, None, True, 0.1, 1e-5, "softplus", None)),
+        (ops.batch_norm_forward, (X, None, None, None, None, True, 0.1, 1e-5, None, X[:2])),
+        (ops.batch_norm_forward, (X, None, None, None, None, True, 0.1, 1e-5, None, X.double())),
+        (ops.batch_norm_backward, (X[:2], X, None, None, None, X[0], X[0], *needed)),
+        (ops.batch_norm_backward, (X, X, None, None, None, X[0, :2], X[0], *needed)),
+        (ops.batch_norm_backward, (X.double(), X, None, None, None, X[0], X[0], *needed)),
+        (ops.batch_norm_backward, (X, X, None, X[0, :2], None, X[0], X[0], *needed)),
+        (ops.batch_norm_backward, (X, X, None, None, X[:2], X[0], X[0], *needed)),
     ]
     for op, arguments in calls:
         with pytest.raises(RuntimeError):

@@ -5,8 +5,10 @@
 // the result does not depend on the number of threads.
 #include <algorithm>
 #include <limits>
+#include <string>
 #include <vector>
 
+#include "../activations.h"
 #include "../checks.h"
 #include "vectorize.h"
 
@@ -18,9 +20,11 @@ struct Layout {
   int64_t outer, channels, inner;
 };
 
-// A range of the outer dimension by a range of channels.
+// A range of the outer dimension, of the channels and of the inner dimension.
 struct Tile {
-  int64_t o_begin, o_end, c_begin, c_end;
+  int64_t o_begin, o_end, c_begin, c_end, i_begin, i_end;
+
+  int64_t size() const { return (o_end - o_begin) * (c_end - c_begin) * (i_end - i_begin); }
 };
 
 struct Tiling {
@@ -45,99 +49,222 @@ struct Tiling {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t o = i / c_count, c = i % c_count;
         f(Tile{o * o_size, std::min((o + 1) * o_size, layout.outer), c * c_size,
-               std::min((c + 1) * c_size, layout.channels)},
+               std::min((c + 1) * c_size, layout.channels), 0, layout.inner},
           o);
       }
     });
   }
 };
 
-// sums[c] += Σ value(c, index) over a tile. The inner loop runs along memory: over channels where they come last (then
-// sums is a vector), else over a channel's positions (then its sum is a scalar).
-template <typename Acc, typename Value>
-inline void add_up(const Layout& l, const Tile& t, Acc* sums, const Value& value) {
+// f(c, index, k) for each element of a tile, the k-th of it. The inner loop runs along memory: over channels where they
+// come last, else over a channel's positions.
+template <typename F>
+inline void for_each(const Layout& l, const Tile& t, const F& f) {
+  int64_t k = 0;
   for (int64_t o = t.o_begin; o < t.o_end; ++o) {
     if (l.inner == 1) {
-      const int64_t base = o * l.channels;
+      const int64_t base = o * l.channels, start = k - t.c_begin;
 #pragma omp simd
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) sums[c] += value(c, base + c);
+      for (int64_t c = t.c_begin; c < t.c_end; ++c) f(c, base + c, start + c);
+      k += t.c_end - t.c_begin;
     } else {
       for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const int64_t base = (o * l.channels + c) * l.inner;
-        Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < l.inner; ++i) sum += value(c, base + i);
-        sums[c] += sum;
+        const int64_t base = (o * l.channels + c) * l.inner, start = k - t.i_begin;
+#pragma omp simd
+        for (int64_t i = t.i_begin; i < t.i_end; ++i) f(c, base + i, start + i);
+        k += t.i_end - t.i_begin;
       }
     }
   }
 }
 
-// out[index] = value(c, index) over a tile.
-template <typename T, typename Value>
-inline void write(const Layout& l, const Tile& t, T* out, const Value& value) {
+template <typename Acc>
+struct Pair {
+  Acc first, second;
+};
+
+// first[c] += Σ value(c, index, k).first over a tile, and so for second. In the order of for_each: where channels come
+// last first and second are vectors, else sums of a channel are scalars.
+template <typename Acc, typename Value>
+inline void add_up(const Layout& l, const Tile& t, Acc* first, Acc* second, const Value& value) {
+  int64_t k = 0;
   for (int64_t o = t.o_begin; o < t.o_end; ++o) {
     if (l.inner == 1) {
-      const int64_t base = o * l.channels;
+      const int64_t base = o * l.channels, start = k - t.c_begin;
 #pragma omp simd
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) out[base + c] = narrow<T>(value(c, base + c));
+      for (int64_t c = t.c_begin; c < t.c_end; ++c) {
+        const Pair<Acc> values = value(c, base + c, start + c);
+        first[c] += values.first;
+        second[c] += values.second;
+      }
+      k += t.c_end - t.c_begin;
     } else {
       for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const int64_t base = (o * l.channels + c) * l.inner;
-#pragma omp simd
-        for (int64_t i = 0; i < l.inner; ++i) out[base + i] = narrow<T>(value(c, base + i));
+        const int64_t base = (o * l.channels + c) * l.inner, start = k - t.i_begin;
+        Acc first_sum = 0, second_sum = 0;
+#pragma omp simd reduction(+ : first_sum, second_sum)
+        for (int64_t i = t.i_begin; i < t.i_end; ++i) {
+          const Pair<Acc> values = value(c, base + i, start + i);
+          first_sum += values.first;
+          second_sum += values.second;
+        }
+        first[c] += first_sum;
+        second[c] += second_sum;
+        k += t.i_end - t.i_begin;
       }
     }
   }
 }
 
 // Each channel's mean and sum of squared distances from it. The distances from the exact mean add up to zero; what
-// those from the rounded one add up to corrects both (Chan, Golub and LeVeque 1983). `residual` is scratch.
+// those from the rounded one add up to corrects both (Chan, Golub and LeVeque 1983). `distances` is scratch.
 template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* mean, Acc* m2, Acc* residual) {
+FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* mean, Acc* m2, Acc* distances) {
   const Acc count = static_cast<Acc>((t.o_end - t.o_begin) * l.inner);
-  add_up(l, t, mean, [=](int64_t, int64_t i) { return widen(x[i]); });
+  add_up(l, t, mean, distances, [=](int64_t, int64_t i, int64_t) { return Pair<Acc>{widen(x[i]), 0}; });
   for (int64_t c = t.c_begin; c < t.c_end; ++c) mean[c] /= count;
-  add_up(l, t, residual, [=](int64_t c, int64_t i) { return widen(x[i]) - mean[c]; });
-  add_up(l, t, m2, [=](int64_t c, int64_t i) {
+  add_up(l, t, distances, m2, [=](int64_t c, int64_t i, int64_t) {
     const Acc distance = widen(x[i]) - mean[c];
-    return distance * distance;
+    return Pair<Acc>{distance, distance * distance};
   });
   for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-    mean[c] += residual[c] / count;
-    const Acc corrected = m2[c] - residual[c] * residual[c] / count;
+    mean[c] += distances[c] / count;
+    const Acc corrected = m2[c] - distances[c] * distances[c] / count;
     m2[c] = corrected < 0 ? 0 : corrected;
   }
 }
 
-// y = (x − μ)·γr + β
-template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_forward(const Layout& l, const Tile& t, const T* x, const Acc* mean, const Acc* scale,
-                                       const Acc* bias, T* y) {
-  write(l, t, y, [=](int64_t c, int64_t i) { return (widen(x[i]) - mean[c]) * scale[c] + bias[c]; });
+// An activation and its derivative, each in place of n values of z. Both null: no activation.
+template <typename Acc>
+struct Activation {
+  void (*value)(Acc* z, int64_t n) = nullptr;
+  void (*derivative)(Acc* z, int64_t n) = nullptr;
+};
+
+template <typename A, typename Acc>
+FUSED_OPS_VECTORIZED void apply_value(Acc* z, int64_t n) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) z[k] = A::value(z[k]);
 }
 
-// Σ dy and Σ dy·x̂
-template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const T* dy, const T* x, const Acc* mean,
-                                    const Acc* rstd, Acc* dy_sum, Acc* dy_x_hat_sum) {
-  add_up(l, t, dy_sum, [=](int64_t, int64_t i) { return widen(dy[i]); });
-  add_up(l, t, dy_x_hat_sum, [=](int64_t c, int64_t i) { return widen(dy[i]) * ((widen(x[i]) - mean[c]) * rstd[c]); });
+template <typename A, typename Acc>
+FUSED_OPS_VECTORIZED void apply_derivative(Acc* z, int64_t n) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) z[k] = A::derivative(z[k]);
 }
 
-// dx = γr·(dy − mean(dy) − x̂·mean(dy·x̂)), in evaluation dx = γr·dy
+template <typename Acc>
+Activation<Acc> activation_of(const std::optional<std::string>& name) {
+  Activation<Acc> activation;
+  if (name) {
+    const bool known = dispatch_activation(*name, [&](auto a) {
+      using A = decltype(a);
+      activation = {apply_value<A, Acc>, apply_derivative<A, Acc>};
+    });
+    STD_TORCH_CHECK(known, "batch_norm: there is no activation ", *name);
+  }
+  return activation;
+}
+
+// What y = a(z) is made of, z = (x − μ)·γr + β + residual.
 template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const T* dy, const T* x, const Acc* mean,
-                                        const Acc* rstd, const Acc* scale, const Acc* dy_mean, const Acc* dy_x_hat_mean,
-                                        bool training, T* dx) {
-  if (training) {
-    write(l, t, dx, [=](int64_t c, int64_t i) {
-      const Acc x_hat = (widen(x[i]) - mean[c]) * rstd[c];
-      return scale[c] * (widen(dy[i]) - dy_mean[c] - x_hat * dy_x_hat_mean[c]);
+struct Forward {
+  const T* x;
+  const T* residual;  // or null
+  const Acc *mean, *rstd, *scale, *bias;
+  Activation<Acc> activation;
+};
+
+// A tile's z and dz are worked out strip by strip: few enough elements that they stay in the innermost cache.
+constexpr int64_t kStrip = 2048;
+
+// f(strip) for each strip of a tile.
+template <typename F>
+inline void for_strips(const Layout& l, const Tile& t, const F& f) {
+  const int64_t c_size = l.inner == 1 ? t.c_end - t.c_begin : std::max<int64_t>(1, kStrip / l.inner);
+  const int64_t o_size = l.inner == 1 ? std::max<int64_t>(1, kStrip / c_size) : 1;
+  for (int64_t o = t.o_begin; o < t.o_end; o += o_size)
+    for (int64_t c = t.c_begin; c < t.c_end; c += c_size)
+      for (int64_t i = t.i_begin; i < t.i_end; i += kStrip)
+        f(Tile{o, std::min(o + o_size, t.o_end), c, std::min(c + c_size, t.c_end), i, std::min(i + kStrip, t.i_end)});
+}
+
+// z of a strip, into z[0], z[1], ...
+template <typename T, typename Acc = accumulate_t<T>>
+inline void strip_z(const Layout& l, const Tile& s, const Forward<T>& f, Acc* z) {
+  for_each(l, s, [x = f.x, mean = f.mean, scale = f.scale, bias = f.bias, z](int64_t c, int64_t i, int64_t k) {
+    z[k] = (widen(x[i]) - mean[c]) * scale[c] + bias[c];
+  });
+  if (f.residual)
+    for_each(l, s, [residual = f.residual, z](int64_t, int64_t i, int64_t k) { z[k] += widen(residual[i]); });
+}
+
+template <typename T, typename Acc = accumulate_t<T>>
+FUSED_OPS_VECTORIZED void tile_forward(const Layout& l, const Tile& t, const Forward<T>& f, T* y) {
+  if (f.activation.value || f.residual) {
+    alignas(64) Acc z[kStrip];
+    for_strips(l, t, [&](const Tile& s) {
+      strip_z(l, s, f, z);
+      if (f.activation.value) f.activation.value(z, s.size());
+      for_each(l, s, [z = &z[0], y](int64_t, int64_t i, int64_t k) { y[i] = narrow<T>(z[k]); });
     });
   } else {
-    write(l, t, dx, [=](int64_t c, int64_t i) { return scale[c] * widen(dy[i]); });
+    for_each(l, t, [x = f.x, mean = f.mean, scale = f.scale, bias = f.bias, y](int64_t c, int64_t i, int64_t) {
+      y[i] = narrow<T>((widen(x[i]) - mean[c]) * scale[c] + bias[c]);
+    });
   }
+}
+
+// use(s, dz) for parts s of a tile, where dz(i, k) is dy·a'(z) of the k-th element, at index i: strips with an
+// activation, else the whole tile at once, where dz is dy.
+template <typename T, typename Use, typename Acc = accumulate_t<T>>
+inline void with_dz(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy, const Use& use) {
+  if (f.activation.derivative) {
+    alignas(64) Acc dz[kStrip];
+    for_strips(l, t, [&](const Tile& s) {
+      strip_z(l, s, f, dz);
+      f.activation.derivative(dz, s.size());
+      for_each(l, s, [dz = &dz[0], dy](int64_t, int64_t i, int64_t k) { dz[k] *= widen(dy[i]); });
+      use(s, [dz = &dz[0]](int64_t, int64_t k) { return dz[k]; });
+    });
+  } else {
+    use(t, [dy](int64_t i, int64_t) { return widen(dy[i]); });
+  }
+}
+
+// Σ dz and Σ dz·x̂
+template <typename T, typename Acc = accumulate_t<T>>
+FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy, Acc* dz_sum,
+                                    Acc* dz_x_hat_sum) {
+  with_dz(l, t, f, dy, [&, x = f.x, mean = f.mean, rstd = f.rstd](const Tile& s, const auto& dz) {
+    add_up(l, s, dz_sum, dz_x_hat_sum, [=](int64_t c, int64_t i, int64_t k) {
+      const Acc dz_k = dz(i, k);
+      return Pair<Acc>{dz_k, dz_k * ((widen(x[i]) - mean[c]) * rstd[c])};
+    });
+  });
+}
+
+// The means of dz and of dz·x̂ over a channel; null in evaluation, where dx does not depend on them.
+template <typename Acc>
+struct Means {
+  const Acc *dz, *dz_x_hat;
+};
+
+// dx = γr·(dz − mean(dz) − x̂·mean(dz·x̂)), in evaluation dx = γr·dz; and dresidual = dz. Null: not needed.
+template <typename T, typename Acc = accumulate_t<T>>
+FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy,
+                                        const Means<Acc>& means, T* dx, T* dresidual) {
+  with_dz(l, t, f, dy, [&, x = f.x, mean = f.mean, rstd = f.rstd, scale = f.scale](const Tile& s, const auto& dz) {
+    if (dresidual) for_each(l, s, [=](int64_t, int64_t i, int64_t k) { dresidual[i] = narrow<T>(dz(i, k)); });
+    if (dx && means.dz) {
+      for_each(l, s, [=, dz_mean = means.dz, dz_x_hat_mean = means.dz_x_hat](int64_t c, int64_t i, int64_t k) {
+        const Acc x_hat = (widen(x[i]) - mean[c]) * rstd[c];
+        dx[i] = narrow<T>(scale[c] * (dz(i, k) - dz_mean[c] - x_hat * dz_x_hat_mean[c]));
+      });
+    } else if (dx) {
+      for_each(l, s, [=](int64_t c, int64_t i, int64_t k) { dx[i] = narrow<T>(scale[c] * dz(i, k)); });
+    }
+  });
 }
 
 // Whether memory holds (N, positions..., C) without gaps, for the shapes that PyTorch has a channels_last format for.
@@ -159,6 +286,17 @@ Layout layout_of(const Tensor& x, bool channels_last) {
   if (per_channel == 0) return {0, C, 0};
   if (channels_last) return {per_channel, C, 1};
   return {N, C, per_channel / N};
+}
+
+// t, which has the shape and dtype of input, in its layout.
+Tensor in_layout_of(const Tensor& input, bool channels_last, const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == input.dim() && t.scalar_type() == input.scalar_type(), name,
+                  " should have the shape and dtype of the input");
+  for (int64_t d = 0; d < input.dim(); ++d)
+    STD_TORCH_CHECK(t.size(d) == input.size(d), name, " should have the shape of the input");
+  if (channels_last ? is_channels_last(t) : t.is_contiguous()) return t;
+  Tensor like_input = torch::stable::empty_like(input);
+  return torch::stable::copy_(like_input, t);
 }
 
 // A (C,) tensor's values in the accumulate type; `missing` where there is none.
@@ -189,9 +327,9 @@ template <typename T, typename Acc = accumulate_t<T>>
 std::vector<Acc> batch_statistics(const Tiling& tiling, const T* x, Acc* mean) {
   const Layout& l = tiling.layout;
   const int64_t C = l.channels;
-  std::vector<Acc> means(tiling.o_count * C), m2s(tiling.o_count * C), residuals(tiling.o_count * C), var(C);
+  std::vector<Acc> means(tiling.o_count * C), m2s(tiling.o_count * C), distances(tiling.o_count * C), var(C);
   tiling.parallel([&](const Tile& t, int64_t o) {
-    tile_moments<T>(l, t, x, means.data() + o * C, m2s.data() + o * C, residuals.data() + o * C);
+    tile_moments<T>(l, t, x, means.data() + o * C, m2s.data() + o * C, distances.data() + o * C);
   });
   for (int64_t c = 0; c < C; ++c) {
     Moments<double> total;
@@ -211,11 +349,13 @@ std::vector<Acc> batch_statistics(const Tiling& tiling, const T* x, Acc* mean) {
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor> running_mean,
                                                       std::optional<Tensor> running_var, std::optional<Tensor> weight,
                                                       std::optional<Tensor> bias, bool training, double momentum,
-                                                      double eps) {
+                                                      double eps, std::optional<std::string> activation,
+                                                      std::optional<Tensor> residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
   STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics must be defined in evaluation mode");
   const bool channels_last = !input.is_contiguous() && is_channels_last(input);
   input = channels_last ? input : torch::stable::contiguous(input);
+  if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
   const Tiling tiling(layout_of(input, channels_last));
   const int64_t C = tiling.layout.channels, N = tiling.layout.outer * tiling.layout.inner;
   const auto acc_type = accumulate_type(input.scalar_type());
@@ -250,25 +390,25 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
       rstd[c] = 1 / std::sqrt(var[c] + static_cast<Acc>(eps));
       scale[c] *= rstd[c];  // γ·r
     }
+    const Forward<T> forward{x,           data_or_null<T>(residual),     mean, rstd, scale.data(),
+                             beta.data(), activation_of<Acc>(activation)};
     T* out = y.mutable_data_ptr<T>();
-    tiling.parallel(
-        [&](const Tile& t, int64_t) { tile_forward<T>(tiling.layout, t, x, mean, scale.data(), beta.data(), out); });
+    tiling.parallel([&](const Tile& t, int64_t) { tile_forward<T>(tiling.layout, t, forward, out); });
   });
   return {y, mean_out, rstd_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
-                                                       Tensor mean_in, Tensor rstd_in, bool training) {
-  STD_TORCH_CHECK(input.dim() >= 2 && dy.dim() == input.dim() && dy.scalar_type() == input.scalar_type(),
-                  "dy and input should have one shape, (N, C, ...), and one dtype");
-  for (int64_t d = 0; d < input.dim(); ++d)
-    STD_TORCH_CHECK(dy.size(d) == input.size(d), "dy and input should have one shape");
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
+                                                               std::optional<Tensor> bias,
+                                                               std::optional<Tensor> residual, Tensor mean_in,
+                                                               Tensor rstd_in, bool training,
+                                                               std::optional<std::string> activation, bool needs_input,
+                                                               bool needs_parameters, bool needs_residual) {
+  STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
   const bool channels_last = !input.is_contiguous() && is_channels_last(input);
   input = channels_last ? input : torch::stable::contiguous(input);
-  if (channels_last ? !is_channels_last(dy) : !dy.is_contiguous()) {
-    Tensor like_input = torch::stable::empty_like(input);
-    dy = torch::stable::copy_(like_input, dy);
-  }
+  dy = in_layout_of(input, channels_last, dy, "dy");
+  if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
   const Tiling tiling(layout_of(input, channels_last));
   const Layout& l = tiling.layout;
   const int64_t C = l.channels;
@@ -276,46 +416,62 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, 
   const Tensor mean_c = torch::stable::contiguous(mean_in), rstd_c = torch::stable::contiguous(rstd_in);
   check_vector(mean_c, C, acc_type, "mean");
   check_vector(rstd_c, C, acc_type, "rstd");
-  Tensor dx_out = torch::stable::empty_like(input);
-  Tensor dweight_out = torch::stable::new_empty(input, {C}, acc_type);
-  Tensor dbias_out = torch::stable::new_empty(input, {C}, acc_type);
+
+  // what is not needed comes back empty
+  const bool through_statistics = needs_input && training;
+  const auto like_input = [&](bool needed) {
+    return needed ? torch::stable::empty_like(input) : torch::stable::new_empty(input, {0});
+  };
+  needs_residual = needs_residual && activation;  // without an activation it is dy
+  Tensor dx_out = like_input(needs_input), dresidual_out = like_input(needs_residual);
+  Tensor dweight_out = torch::stable::new_empty(input, {needs_parameters ? C : 0}, acc_type);
+  Tensor dbias_out = torch::stable::new_empty(input, {needs_parameters ? C : 0}, acc_type);
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
-    const T* x = input.const_data_ptr<T>();
     const T* g = dy.const_data_ptr<T>();
-    const Acc* mean = mean_c.const_data_ptr<Acc>();
     const Acc* rstd = rstd_c.const_data_ptr<Acc>();
-    Acc* dweight = dweight_out.mutable_data_ptr<Acc>();
-    Acc* dbias = dbias_out.mutable_data_ptr<Acc>();
+    const std::vector<Acc> beta = channel_values<Acc>(bias, C, 0, "bias");
+    std::vector<Acc> scale = channel_values<Acc>(weight, C, 1, "weight"), dz_mean(C), dz_x_hat_mean(C);
+    for (int64_t c = 0; c < C; ++c) scale[c] *= rstd[c];  // γ·r
+    const Forward<T> forward{input.const_data_ptr<T>(),
+                             data_or_null<T>(residual),
+                             mean_c.const_data_ptr<Acc>(),
+                             rstd,
+                             scale.data(),
+                             beta.data(),
+                             activation_of<Acc>(activation)};
 
-    std::vector<Acc> dy_sums(tiling.o_count * C), dy_x_hat_sums(tiling.o_count * C);
-    tiling.parallel([&](const Tile& t, int64_t o) {
-      tile_sums<T>(l, t, g, x, mean, rstd, dy_sums.data() + o * C, dy_x_hat_sums.data() + o * C);
-    });
-    std::vector<double> dy_sum(C), dy_x_hat_sum(C);  // over all tiles
-    for (int64_t o = 0; o < tiling.o_count; ++o)
+    if (needs_parameters || through_statistics) {
+      std::vector<Acc> dz_sums(tiling.o_count * C), dz_x_hat_sums(tiling.o_count * C);
+      tiling.parallel([&](const Tile& t, int64_t o) {
+        tile_sums<T>(l, t, forward, g, dz_sums.data() + o * C, dz_x_hat_sums.data() + o * C);
+      });
+      std::vector<double> dz_sum(C), dz_x_hat_sum(C);  // over all tiles
+      for (int64_t o = 0; o < tiling.o_count; ++o)
+        for (int64_t c = 0; c < C; ++c) {
+          dz_sum[c] += dz_sums[o * C + c];
+          dz_x_hat_sum[c] += dz_x_hat_sums[o * C + c];
+        }
+      const double N = static_cast<double>(l.outer * l.inner);
       for (int64_t c = 0; c < C; ++c) {
-        dy_sum[c] += dy_sums[o * C + c];
-        dy_x_hat_sum[c] += dy_x_hat_sums[o * C + c];
+        dz_mean[c] = static_cast<Acc>(dz_sum[c] / N);
+        dz_x_hat_mean[c] = static_cast<Acc>(dz_x_hat_sum[c] / N);
       }
-
-    const double N = static_cast<double>(l.outer * l.inner);
-    std::vector<Acc> scale = channel_values<Acc>(weight, C, 1, "weight"), dy_mean(C), dy_x_hat_mean(C);
-    for (int64_t c = 0; c < C; ++c) {
-      scale[c] *= rstd[c];  // γ·r
-      dbias[c] = static_cast<Acc>(dy_sum[c]);
-      dweight[c] = static_cast<Acc>(dy_x_hat_sum[c]);
-      dy_mean[c] = static_cast<Acc>(dy_sum[c] / N);
-      dy_x_hat_mean[c] = static_cast<Acc>(dy_x_hat_sum[c] / N);
+      if (needs_parameters) {
+        std::copy(dz_sum.begin(), dz_sum.end(), dbias_out.mutable_data_ptr<Acc>());
+        std::copy(dz_x_hat_sum.begin(), dz_x_hat_sum.end(), dweight_out.mutable_data_ptr<Acc>());
+      }
     }
-    T* dx = dx_out.mutable_data_ptr<T>();
-    tiling.parallel([&](const Tile& t, int64_t) {
-      tile_backward<T>(l, t, g, x, mean, rstd, scale.data(), dy_mean.data(), dy_x_hat_mean.data(), training, dx);
-    });
+    if (needs_input || needs_residual) {
+      const Means<Acc> means{training ? dz_mean.data() : nullptr, dz_x_hat_mean.data()};
+      T* dx = needs_input ? dx_out.mutable_data_ptr<T>() : nullptr;
+      T* dresidual = needs_residual ? dresidual_out.mutable_data_ptr<T>() : nullptr;
+      tiling.parallel([&](const Tile& t, int64_t) { tile_backward<T>(l, t, forward, g, means, dx, dresidual); });
+    }
   });
-  return {dx_out, dweight_out, dbias_out};
+  return {dx_out, dweight_out, dbias_out, dresidual_out};
 }
 
 }  // namespace fused_ops
