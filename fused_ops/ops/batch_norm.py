@@ -193,7 +193,22 @@ class BatchNormBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(dy, input, weight, bias, residual, mean, rstd, training, eps, activation, *needs):
+    def forward(
+        dy,
+        input,
+        weight,
+        bias,
+        residual,
+        mean,
+        rstd,
+        training,
+        eps,
+        activation,
+        needs_input,
+        needs_parameters,
+        needs_residual,
+    ):
+        needs = needs_input, needs_parameters, needs_residual
         return _backward(dy, input, weight, bias, residual, mean, rstd, training, activation, *needs)
 
     @staticmethod
@@ -201,7 +216,6 @@ class BatchNormBackward(torch.autograd.Function):
         *tensors, training, eps, activation, needs_input, needs_parameters, needs_residual = inputs
         ctx.options = training, eps, activation
         ctx.needed = needs_input, needs_parameters, needs_parameters, needs_residual
-        ctx.mark_non_differentiable(*(t for t, needed in zip(output, ctx.needed, strict=True) if not needed))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -217,7 +231,7 @@ class BatchNormBackward(torch.autograd.Function):
     def jvp(ctx, *tangents):
         dy, *saved = ctx.saved_tensors
         moved = gradients_along(Point(*saved, *ctx.options), dy, *tangents[:5])
-        return tuple(t if needed else None for t, needed in zip(moved, ctx.needed, strict=True))
+        return tuple(t if needed else t.new_zeros(0) for t, needed in zip(moved, ctx.needed, strict=True))
 
     @staticmethod
     def vmap(info, in_dims, *args):
