@@ -1,7 +1,6 @@
 // The activations, each with its derivative, for host and device. Derivations: fused_ops/ops/_activations.py.
 //
-// Those of float have no branches or calls (except gelu's erf), so that compilers vectorise loops over them. All keep
-// NaN.
+// Those of float have no branches or calls, so that compilers vectorise loops over them. All keep NaN.
 #pragma once
 
 #include <string>
@@ -46,20 +45,13 @@ struct Tanh {
 
 struct Gelu {
   template <typename Acc>
-  FUSED_OPS_HOST_DEVICE static Acc distribution(Acc z) {
-    return static_cast<Acc>(0.5) * (1 + erf(z * static_cast<Acc>(0.70710678118654752)));
-  }
-  template <typename Acc>
-  FUSED_OPS_HOST_DEVICE static Acc density(Acc z) {
-    return exp(static_cast<Acc>(-0.5) * z * z) * static_cast<Acc>(0.39894228040143268);  // 1/√(2π)
-  }
-  template <typename Acc>
   FUSED_OPS_HOST_DEVICE static Acc value(Acc z) {
-    return z * distribution(z);
+    return z * normal_distribution(z, exp(static_cast<Acc>(-0.5) * z * z));
   }
   template <typename Acc>
   FUSED_OPS_HOST_DEVICE static Acc derivative(Acc z) {
-    return distribution(z) + z * density(z);
+    const Acc e = exp(static_cast<Acc>(-0.5) * z * z);
+    return normal_distribution(z, e) + z * (static_cast<Acc>(0.39894228040143268) * e);  // 1/√(2π)
   }
 };
 

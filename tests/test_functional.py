@@ -376,6 +376,22 @@ def test_16_bit_conversions_round_as_torch_does():
         torch.testing.assert_close(narrowed, weight.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "gelu", "silu"])
+def test_activations_are_accurate_everywhere(activation):
+    """Through an identity batch norm, from where they vanish to where they are the identity, and beyond."""
+    z = torch.linspace(-20, 20, 400001)
+    z = torch.cat((z, z * 1e-6, torch.tensor([-1e30, -1e4, -110.0, -88.5, 88.5, 110.0, 1e4, 1e30, torch.nan])))[:, None]
+    z.requires_grad_()
+    y = F.batch_norm(z, torch.zeros(1), torch.ones(1), eps=0.0, activation=activation)
+    exact = z.detach().double().requires_grad_()
+    expected = getattr(torch.nn.functional, activation)(exact)
+    for ours, truth in (
+        (y, expected),
+        [torch.autograd.grad(out.sum(), x)[0] for out, x in ((y, z), (expected, exact))],
+    ):
+        torch.testing.assert_close(ours.double(), truth, rtol=4e-7, atol=1e-6, equal_nan=True)
+
+
 def test_reference_mode_runs_the_references(monkeypatch):
     called = []
     for op, reference in REFERENCES.items():

@@ -232,11 +232,12 @@ inline void with_dz(const Layout& l, const Tile& t, const Forward<T>& f, const T
   }
 }
 
-// Σ dz and Σ dz·x̂
+// Σ dz and Σ dz·x̂; and dz itself, unless `kept` is null
 template <typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy, Acc* dz_sum,
-                                    Acc* dz_x_hat_sum) {
+                                    Acc* dz_x_hat_sum, T* kept) {
   with_dz(l, t, f, dy, [&, x = f.x, mean = f.mean, rstd = f.rstd](const Tile& s, const auto& dz) {
+    if (kept) for_each(l, s, [=](int64_t, int64_t i, int64_t k) { kept[i] = narrow<T>(dz(i, k)); });
     add_up(l, s, dz_sum, dz_x_hat_sum, [=](int64_t c, int64_t i, int64_t k) {
       const Acc dz_k = dz(i, k);
       return Pair<Acc>{dz_k, dz_k * ((widen(x[i]) - mean[c]) * rstd[c])};
@@ -435,19 +436,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
     const std::vector<Acc> beta = channel_values<Acc>(bias, C, 0, "bias");
     std::vector<Acc> scale = channel_values<Acc>(weight, C, 1, "weight"), dz_mean(C), dz_x_hat_mean(C);
     for (int64_t c = 0; c < C; ++c) scale[c] *= rstd[c];  // γ·r
-    const Forward<T> forward{input.const_data_ptr<T>(),
-                             data_or_null<T>(residual),
-                             mean_c.const_data_ptr<Acc>(),
-                             rstd,
-                             scale.data(),
-                             beta.data(),
-                             activation_of<Acc>(activation)};
+    T* dx = needs_input ? dx_out.mutable_data_ptr<T>() : nullptr;
+    T* dresidual = needs_residual ? dresidual_out.mutable_data_ptr<T>() : nullptr;
+    Forward<T> forward{input.const_data_ptr<T>(),
+                       data_or_null<T>(residual),
+                       mean_c.const_data_ptr<Acc>(),
+                       rstd,
+                       scale.data(),
+                       beta.data(),
+                       activation_of<Acc>(activation)};
 
     if (needs_parameters || through_statistics) {
       std::vector<Acc> dz_sums(tiling.o_count * C), dz_x_hat_sums(tiling.o_count * C);
+      // The second pass need not work dz out again, where T holds it without rounding.
+      T* kept = activation && std::is_same_v<T, Acc> ? (dresidual ? dresidual : dx) : nullptr;
       tiling.parallel([&](const Tile& t, int64_t o) {
-        tile_sums<T>(l, t, forward, g, dz_sums.data() + o * C, dz_x_hat_sums.data() + o * C);
+        tile_sums<T>(l, t, forward, g, dz_sums.data() + o * C, dz_x_hat_sums.data() + o * C, kept);
       });
+      if (kept) {
+        g = kept;
+        forward.activation = {};
+        dresidual = nullptr;
+      }
       std::vector<double> dz_sum(C), dz_x_hat_sum(C);  // over all tiles
       for (int64_t o = 0; o < tiling.o_count; ++o)
         for (int64_t c = 0; c < C; ++c) {
@@ -464,12 +474,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
         std::copy(dz_x_hat_sum.begin(), dz_x_hat_sum.end(), dweight_out.mutable_data_ptr<Acc>());
       }
     }
-    if (needs_input || needs_residual) {
-      const Means<Acc> means{training ? dz_mean.data() : nullptr, dz_x_hat_mean.data()};
-      T* dx = needs_input ? dx_out.mutable_data_ptr<T>() : nullptr;
-      T* dresidual = needs_residual ? dresidual_out.mutable_data_ptr<T>() : nullptr;
+    const Means<Acc> means{training ? dz_mean.data() : nullptr, dz_x_hat_mean.data()};
+    if (dx || dresidual)
       tiling.parallel([&](const Tile& t, int64_t) { tile_backward<T>(l, t, forward, g, means, dx, dresidual); });
-    }
   });
   return {dx_out, dweight_out, dbias_out, dresidual_out};
 }
