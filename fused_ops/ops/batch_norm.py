@@ -136,12 +136,12 @@ class BatchNorm(torch.autograd.Function):
     """Differentiable by input, weight, bias and residual. Its second and third outputs are for the backward pass."""
 
     @staticmethod
-    def forward(input, running_mean, running_var, weight, bias, residual, options):
-        return _forward(input, running_mean, running_var, weight, bias, *options, residual)
+    def forward(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual):
+        return _forward(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, _, _, weight, bias, residual, (training, _, eps, activation) = inputs
+        input, _, _, weight, bias, training, _, eps, activation, residual = inputs
         _, mean, rstd = output
         ctx.options = training, eps, activation
         ctx.mark_non_differentiable(mean, rstd)
@@ -153,35 +153,35 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _dmean, _drstd):
-        needs_input, _, _, needs_weight, needs_bias, needs_residual, _ = ctx.needs_input_grad
+        needs_input, _, _, needs_weight, needs_bias, *_, needs_residual = ctx.needs_input_grad
         needs_parameters = needs_weight or needs_bias
         _, _, activation = ctx.options
         dx = dweight = dbias = None
         dresidual = dy
         if dy is not None and (needs_input or needs_parameters or activation is not None):
             needs = needs_input, needs_parameters, needs_residual and activation is not None
-            dx, dweight, dbias, dz = _batch_norm_backward(dy, *ctx.saved_tensors, (*ctx.options, *needs))
+            dx, dweight, dbias, dz = _batch_norm_backward(dy, *ctx.saved_tensors, *ctx.options, *needs)
             dresidual = dy if activation is None else dz
         dx, dresidual = dx if needs_input else None, dresidual if needs_residual else None
         dweight, dbias = dweight if needs_weight else None, dbias if needs_bias else None
-        return dx, None, None, dweight, dbias, dresidual, None
+        return dx, None, None, dweight, dbias, None, None, None, None, dresidual
 
     @staticmethod
-    def jvp(ctx, input_t, mean_t, var_t, weight_t, bias_t, residual_t, _):
+    def jvp(ctx, input_t, mean_t, var_t, weight_t, bias_t, _training, _momentum, _eps, _activation, residual_t):
         if mean_t is not None or var_t is not None:
             raise RuntimeError("batch_norm is not differentiable by running_mean and running_var")
         point = Point(*ctx.saved_tensors, *ctx.options)
         return output_along(point, input_t, weight_t, bias_t, residual_t), None, None
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info, in_dims, input, running_mean, running_var, weight, bias, training, *args):
         """The channels of a batch of batches are all normalised apart: one batch with B·C channels."""
-        _, running_mean, *_, (training, *_) = args
         if training and running_mean is not None:
             raise RuntimeError(
                 "batch_norm under vmap cannot move running statistics: a batch of batches has no one mean. "
                 "Use track_running_stats=False, or evaluation mode"
             )
+        args = input, running_mean, running_var, weight, bias, training, *args
         outputs = _batch_norm(*(folded(t, dim, info.batch_size) for t, dim in zip(args, in_dims, strict=True)))
         return unfolded(outputs, info.batch_size)
 
@@ -193,13 +193,27 @@ class BatchNormBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(dy, input, weight, bias, residual, mean, rstd, options):
-        training, _, activation, *needs = options
+    def forward(
+        dy,
+        input,
+        weight,
+        bias,
+        residual,
+        mean,
+        rstd,
+        training,
+        eps,
+        activation,
+        needs_input,
+        needs_parameters,
+        needs_residual,
+    ):
+        needs = needs_input, needs_parameters, needs_residual
         return _backward(dy, input, weight, bias, residual, mean, rstd, training, activation, *needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, (training, eps, activation, needs_input, needs_parameters, needs_residual) = inputs
+        *tensors, training, eps, activation, needs_input, needs_parameters, needs_residual = inputs
         ctx.options = training, eps, activation
         ctx.needed = needs_input, needs_parameters, needs_parameters, needs_residual
         ctx.set_materialize_grads(False)
@@ -211,7 +225,7 @@ class BatchNormBackward(torch.autograd.Function):
         dy, *saved = ctx.saved_tensors
         gradients = gradients_pulled_back(Point(*saved, *ctx.options), dy, *cotangents)
         asked = zip(gradients, ctx.needs_input_grad, strict=False)
-        return *(g if needed else None for g, needed in asked), None, None, None
+        return *(g if needed else None for g, needed in asked), *[None] * 8
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -273,8 +287,7 @@ def batch_norm(
     if input.dim() == 1:  # empty, or it would have been refused
         return input.clone() if residual is None else input + residual
     training = training or running_mean is None or running_var is None  # in evaluation, of an empty input
-    options = training, momentum, eps, activation
-    y, _, _ = _batch_norm(input, running_mean, running_var, weight, bias, residual, options)
+    y, _, _ = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
     return y
 
 
