@@ -19,16 +19,19 @@ LIB = torch.library.Library("fused_ops", "DEF")
 REFERENCES = {}  # op -> the undecorated reference that defines it
 
 
-def define(reference, mutates_args=()):
+def define(reference, mutates_args=(), implementation=None):
     """Declare `reference` as the op `torch.ops.fused_ops.<its name>` and return that op.
 
     The reference must not look at the values in its tensors (no `.item()`, no branch on data): fake tensors have none.
-    `mutates_args` names the arguments it writes to.
+    `mutates_args` names the arguments it writes to. `implementation` is for an op that is made of other ops in a way
+    that no student should have to read first: it runs on every device, and the reference only on fake tensors.
     """
     name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=mutates_args)
     LIB.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    LIB.impl(name, reference, "CompositeExplicitAutograd")
+    LIB.impl(name, implementation or reference, "CompositeExplicitAutograd")
+    if implementation:
+        LIB.impl(name, reference, "Meta")
     op = getattr(torch.ops.fused_ops, name).default
     REFERENCES[op] = reference
     return op
@@ -39,20 +42,33 @@ def accumulate_dtype(dtype):
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def differentiable(function):
-    """A callable that applies an `autograd.Function` with `setup_context`, `backward` and `jvp`, in every mode.
+def is_autocast_enabled(device):
+    """Whether autocast is on for the type of `device`; False for types that have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
-    Under `torch.func.vmap`, by the function's own `vmap` if it has one, else op by op; and under `torch.compile`, which
-    traces no function that has a jvp: there by a twin without it.
+
+def below_autograd(op):
+    """The `forward` of an op's `autograd.Function`: runs its kernel, where a plain call would come back to autograd."""
+
+    def forward(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return staticmethod(forward)
+
+
+def differentiable(op, function):
+    """A callable that is `op`, differentiated by an `autograd.Function` with `setup_context`, `backward` and `jvp`.
+
+    It works in every mode: under `torch.func.vmap`, by the function's own `vmap` if it has one, else op by op; and
+    under `torch.compile` and `torch.export`, which see one op. For these the function is the op's autograd kernel, too,
+    so that a direct call of the op, as exported programs have it, is just as differentiable.
     Forward mode within forward mode raises a RuntimeError: there PyTorch takes what a jvp returns for a constant, and
     the second derivative would silently lack a part.
     """
     function.generate_vmap_rule = function.vmap is torch.autograd.Function.vmap
-    without_jvp = type(function.__name__, (function,), {"jvp": staticmethod(torch.autograd.Function.jvp)})
 
     def apply(*args):
-        if torch.compiler.is_compiling():
-            return without_jvp.apply(*args)
         interpreters = torch._C._functorch.get_interpreter_stack()
         if not (interpreters or torch.is_grad_enabled() or forward_ad._current_level >= 0):
             return function.forward(*args)  # nobody differentiates this call: it need not pay for a graph
@@ -63,7 +79,23 @@ def differentiable(function):
             )
         return function.apply(*args)
 
-    return apply
+    LIB.impl(op.name().removeprefix("fused_ops::"), apply, "Autograd")
+
+    def call(*args):
+        return op(*args) if torch.compiler.is_compiling() else apply(*args)
+
+    return call
+
+
+def looped(apply, info, in_dims, args):
+    """What a function's `vmap` returns where there is no batched form: the samples one by one."""
+
+    def sample(i):
+        return apply(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)))
+
+    outputs = zip(*map(sample, range(info.batch_size)), strict=True)
+    outputs = tuple(torch.stack(of_samples) for of_samples in outputs)
+    return outputs, (0,) * len(outputs)
 
 
 class reference_mode(TorchDispatchMode):  # lower case: used as a context manager, like torch.inference_mode

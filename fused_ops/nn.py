@@ -1,11 +1,13 @@
 """Drop-in layers: the parameters, buffers, options and state_dict of their `torch.nn` namesakes, on fused ops."""
 
+import math
+
 import torch
 
 from fused_ops import functional as F
 from fused_ops.ops._activations import check_activation
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -64,7 +66,14 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """`torch.nn.CrossEntropyLoss` (same arguments) on the fused op: see `fused_ops.functional.cross_entropy`."""
+    """`torch.nn.CrossEntropyLoss` (same arguments) on the fused op: see `fused_ops.functional.cross_entropy`.
+
+    `z_loss`, `softcap` and `inplace_grad` are its further options.
+    """
+
+    def __init__(self, *args, z_loss=0.0, softcap=None, inplace_grad=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.z_loss, self.softcap, self.inplace_grad = z_loss, softcap, inplace_grad
 
     def forward(self, input, target):
         return F.cross_entropy(
@@ -74,4 +83,70 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            inplace_grad=self.inplace_grad,
+        )
+
+
+class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
+    """`torch.nn.LinearCrossEntropyLoss` (torch 2.13; same arguments and state_dict) on the fused op.
+
+    A linear layer to `num_classes` logits (for each of `out_features` losses an example, if given) and their
+    cross-entropy: see `fused_ops.functional.linear_cross_entropy`, which has the further options `chunk_size`, `z_loss`
+    and `softcap`, too. Input (N, in_features) or (in_features,).
+    """
+
+    def __init__(
+        self,
+        in_features,
+        num_classes,
+        *,
+        out_features=(),
+        bias=False,
+        device=None,
+        dtype=None,
+        reduction="mean",
+        weight=None,
+        ignore_index=None,
+        label_smoothing=0.0,
+        options=None,
+        chunk_size=None,
+        z_loss=0.0,
+        softcap=None,
+    ):
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        super().__init__(weight=weight, reduction=reduction)
+        self.num_classes, self.out_features = num_classes, tuple(out_features)
+        self.settings = {
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "options": options,
+            "chunk_size": chunk_size,
+            "z_loss": z_loss,
+            "softcap": softcap,
+        }
+        outputs = math.prod(self.out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input, target):
+        shape, bias = (self.num_classes, *self.out_features), self.linear.bias
+        return F.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            **self.settings,
+        )
+
+    def extra_repr(self):
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, out_features={self.out_features}, "
+            f"bias={self.linear.bias is not None}, reduction={self.reduction}, {settings}"
         )

@@ -1,5 +1,54 @@
-"""The lecture's own data file is not ours to ship: the tests of it run where FUSED_OPS_SEED_NAMES names a copy."""
+"""The lecture's own data file is not ours to ship: the tests of it run where FUSED_OPS_SEED_NAMES names a copy.
+
+And the tally of the conformance suites (tests/tally.py): a fixture to count with, and the table in the summary.
+"""
 
 import os
+from pathlib import Path
+
+import pytest
+import torch
+from tally import Table, Tally
 
 collect_ignore = [] if os.environ.get("FUSED_OPS_SEED_NAMES") else ["test_seed.py"]
+
+FILES = ("tests/test_opinfo.py", "tests/test_moduleinfo.py", "tests/test_hypothesis.py")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-conformance",
+        metavar="FILE",
+        type=Path,
+        help="write the conformance suites' counts to FILE, if all passed",
+    )
+
+
+@pytest.fixture
+def tally(request):
+    return Tally(request.node.user_properties)
+
+
+@pytest.fixture
+def one_thread():
+    """For many small tensors: several threads would only wait for each other, for minutes where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
+    table = Table(report for reports in terminalreporter.stats.values() for report in reports)
+    if not table.counts:
+        return
+    terminalreporter.section("conformance: cases tried")
+    for line in table.text():
+        terminalreporter.line(line)
+    path = config.getoption("--write-conformance")
+    if path is not None and exitstatus != 0:
+        terminalreporter.line(f"{path} was not written, since not all tests passed", red=True)
+    elif path is not None:
+        command = f'make test ARGS="{" ".join(FILES)} --write-conformance {path}"'
+        path.write_text("\n".join(table.markdown(command)) + "\n", encoding="utf-8")
+        terminalreporter.line(f"wrote {path}")

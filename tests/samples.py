@@ -62,6 +62,26 @@ def leaf(t):
 # ------------------------------------------------------------------------------------------------------ cross-entropy
 
 
+def torch_cross_entropy(input, target, *args, z_loss=0.0, softcap=None, **kwargs):
+    """PyTorch's, with the two options that it does not have written out."""
+    if softcap is not None:
+        input = softcap * (input / softcap).tanh()
+    loss = torch.nn.functional.cross_entropy(input, target, *args, **kwargs)
+    if not z_loss:
+        return loss
+    penalty = z_loss * input.logsumexp(int(input.dim() > 1)).square()
+    weights = torch.ones_like(penalty)
+    if not target.is_floating_point():
+        kept = target != kwargs.get("ignore_index", -100)
+        penalty = penalty.where(kept, 0)
+        weights = weights if kwargs.get("weight") is None else kwargs["weight"][target.where(kept, 0)]
+        weights = weights.where(kept, 0)
+    reduction = kwargs.get("reduction", "mean")
+    if reduction == "none":
+        return loss + penalty
+    return loss + penalty.sum() / (weights.sum() if reduction == "mean" else 1)
+
+
 def cross_entropy_cases():
     cases = {}
 
@@ -93,6 +113,38 @@ def cross_entropy_cases():
             weight = make.weights(5, requires_grad=False) if weighted else None
             kwargs = {"reduction": reduction, "label_smoothing": label_smoothing, "weight": weight}
             return (make(6, 5), make.probabilities(6, 5)), kwargs
+
+    extras = [(0.1, None), (0.0, 2.0), (0.05, 1.5)]
+    for (z_loss, softcap), reduction, label_smoothing in itertools.product(extras, ("mean", "none"), (0.0, 0.3)):
+        more = {"reduction": reduction, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
+        name = f"{reduction}-smoothing{label_smoothing}-z{z_loss}-cap{softcap}"
+
+        @case(f"indices-{name}")
+        def _(make, more=more):
+            return (make(6, 5), make.indices(6, classes=5)), {
+                **more,
+                "weight": make.weights(5, requires_grad=False),
+                "ignore_index": 2,
+            }
+
+        @case(f"probabilities-{name}")
+        def _(make, more=more):
+            return (make(6, 5), make.probabilities(6, 5)), {**more, "weight": make.weights(5, requires_grad=False)}
+
+    @case("indices-large-z-cap", gradcheck=False)
+    def _(make):
+        return (make(150, 1003, low=-30.0, high=30.0), make.indices(150, classes=1003)), {
+            "z_loss": 0.01,
+            "softcap": 9.0,
+        }
+
+    @case("probabilities-large", gradcheck=False)
+    def _(make):
+        return (make(20, 1003), make.probabilities(20, 1003)), {"label_smoothing": 0.1}
+
+    @case("indices-4x5x3-z-cap")
+    def _(make):
+        return (make(4, 5, 3), make.indices(4, 3, classes=5)), {"z_loss": 0.1, "softcap": 2.0}
 
     shapes = [
         (7,),
@@ -198,6 +250,56 @@ def cross_entropy_cases():
             target = make.indices(6, classes=5).fill_(-100)
             return (make(6, 5), target), {"reduction": reduction, "label_smoothing": label_smoothing}
 
+    return cases
+
+
+# ----------------------------------------------------------------------------------------------- linear cross-entropy
+
+
+def torch_linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, chunk_size=None, **kwargs):
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
+    return torch_cross_entropy(logits.unflatten(-1, linear_weight.shape[:-1]), target, **kwargs)
+
+
+def linear_cross_entropy_cases():
+    cases = {}
+
+    def case(name, shape=(6, 4), out=(5,), probabilities=False, bias=True, gradcheck=True, view=None, **options):
+        """A batch of this shape onto `out` = (C, d1, ...); `options` whose value is True are made here."""
+
+        def build(dtype, device):
+            make = Maker(name, dtype, device)
+            input, linear_weight = make(*shape, low=-1.0, high=1.0), make(*out, shape[-1], low=-1.0, high=1.0)
+            if view is not None:
+                input, linear_weight = leaf(view(input)), leaf(view(linear_weight))
+            target = (shape[:-1] + out) if probabilities else shape[:-1] + out[1:]
+            target = make.probabilities(*target) if probabilities else make.indices(*target, classes=out[0])
+            kwargs = {**options, "linear_bias": make(*out) if bias else None}
+            if options.get("weight"):
+                kwargs["weight"] = make.weights(out[0], requires_grad=False)
+            return Sample((input, linear_weight, target), kwargs)
+
+        cases[name] = Case(build, gradcheck)
+
+    everything = {"weight": True, "label_smoothing": 0.2, "z_loss": 0.05, "softcap": 1.5}
+    for reduction in ("mean", "sum", "none"):
+        case(f"plain-{reduction}", bias=False, reduction=reduction)
+        case(f"everything-{reduction}", reduction=reduction, chunk_size=4, ignore_index=2, **everything)
+        case(f"probabilities-{reduction}", probabilities=True, reduction=reduction, chunk_size=4)
+        case(
+            f"probabilities-everything-{reduction}", probabilities=True, reduction=reduction, chunk_size=5, **everything
+        )
+        case(f"k-dim-{reduction}", out=(5, 3), reduction=reduction, chunk_size=4, ignore_index=1)
+    case("k-dim-probabilities", out=(3, 2, 2), probabilities=True, chunk_size=4)
+    case("unbatched", shape=(4,))
+    case("unbatched-probabilities", shape=(4,), probabilities=True)
+    case("one-row-chunks", chunk_size=1)
+    case("strided", shape=(4, 8), view=lambda x: x[:, ::2], chunk_size=3)
+    case("transposed", shape=(5, 5), view=lambda x: x.t())
+    case("empty-sum", shape=(0, 4), reduction="sum")
+    case("empty-none", shape=(0, 4), reduction="none")
+    case("many-chunks", shape=(300, 24), out=(50,), gradcheck=False)
     return cases
 
 
@@ -321,6 +423,9 @@ def batch_norm_cases():
 
 
 OPS = {
-    "cross_entropy": Op(fused_ops.functional.cross_entropy, torch.nn.functional.cross_entropy, cross_entropy_cases()),
+    "cross_entropy": Op(fused_ops.functional.cross_entropy, torch_cross_entropy, cross_entropy_cases()),
+    "linear_cross_entropy": Op(
+        fused_ops.functional.linear_cross_entropy, torch_linear_cross_entropy, linear_cross_entropy_cases()
+    ),
     "batch_norm": Op(fused_ops.functional.batch_norm, composed_batch_norm, batch_norm_cases()),
 }

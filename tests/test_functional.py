@@ -110,17 +110,24 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
         return  # the references are made of torch's ops, which check for themselves
     ops = torch.ops.fused_ops
     stats, scalar = torch.zeros(2, 2), torch.tensor(1.0)
-    options = -100, "mean", 0.0
-    needed = True, "tanh", True, True, True
+    options = -100, "mean", 0.0, 0.0, None
+    backward, square = (*options, True, False), torch.tensor([0, 1, 0])
+    needed = True, 1e-5, "tanh", True, True, True
     calls = [
         (ops.cross_entropy_forward, (LOGITS, TARGET[:1], None, *options)),
         (ops.cross_entropy_forward, (LOGITS, TARGET, X[0, :2], *options)),
         (ops.cross_entropy_forward, (LOGITS, TARGET.int(), None, *options)),
         (ops.cross_entropy_forward, (LOGITS[0], TARGET[:1], None, *options)),
         (ops.cross_entropy_forward, (LOGITS.long(), TARGET, None, *options)),
-        (ops.cross_entropy_backward, (scalar, LOGITS, TARGET, None, stats[:1], scalar, *options)),
-        (ops.cross_entropy_backward, (scalar, LOGITS, TARGET, None, stats, X[0], *options)),
-        (ops.cross_entropy_backward, (X[0], LOGITS, TARGET, None, stats, scalar, *options)),
+        (ops.cross_entropy_forward, (LOGITS, LOGITS[:, :2], None, *options)),
+        (ops.cross_entropy_forward, (LOGITS, LOGITS.double(), None, *options)),
+        (
+            ops.cross_entropy_backward_,
+            (scalar, LOGITS.t(), square, None, X[:2], scalar, *options, False),
+        ),
+        (ops.cross_entropy_backward, (scalar, LOGITS, TARGET, None, stats[:1], scalar, *backward)),
+        (ops.cross_entropy_backward, (scalar, LOGITS, TARGET, None, stats, X[0], *backward)),
+        (ops.cross_entropy_backward, (X[0], LOGITS, TARGET, None, stats, scalar, *backward)),
         (ops.batch_norm_forward, (X[0], None, None, None, None, True, 0.1, 1e-5, None, None)),
         (ops.batch_norm_forward, (X, None, None, None, None, False, 0.1, 1e-5, None, None)),
         (ops.batch_norm_forward, (X, None, None, X[0, :2], None, True, 0.1, 1e-5, None, None)),
@@ -138,7 +145,7 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
         with pytest.raises(RuntimeError):
             op(*arguments)
     with pytest.raises(IndexError, match="Target 5"):
-        ops.cross_entropy_backward(scalar, LOGITS, torch.tensor([5, 0]), None, stats, scalar, *options)
+        ops.cross_entropy_backward(scalar, LOGITS, torch.tensor([5, 0]), None, stats, scalar, *backward)
 
 
 def losses(F):
@@ -286,7 +293,7 @@ NEEDS = list(itertools.product((True, False), repeat=3))
 def test_batch_norm_backward_does_what_is_asked_for(training, activation):
     """Each gradient is the same whatever else is asked for; what is not comes back empty, from kernel and reference."""
     op = torch.ops.fused_ops.batch_norm_backward.default
-    args = X.cos(), X, X[0], X[1], X.sin(), *STATISTICS, training, activation
+    args = X.cos(), X, X[0], X[1], X.sin(), *STATISTICS, training, 1e-5, activation
     everything = op(*args, True, True, True)
     for run, needs in itertools.product((op, REFERENCES[op]), NEEDS):
         needs_input, needs_parameters, needs_residual = needs

@@ -402,7 +402,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
                                                                std::optional<Tensor> bias,
                                                                std::optional<Tensor> residual, Tensor mean_in,
-                                                               Tensor rstd_in, bool training,
+                                                               Tensor rstd_in, bool training, double,
                                                                std::optional<std::string> activation, bool needs_input,
                                                                bool needs_parameters, bool needs_residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");

@@ -1,4 +1,4 @@
-// Cross-entropy of class indices. Derivation and names: fused_ops/ops/cross_entropy.py.
+// Cross-entropy. Derivation and names: fused_ops/ops/cross_entropy.py.
 //
 // One block a row. It reads the row from memory once and then from cache: its maximum first, then the sums. Sums are
 // taken in a fixed order, so a result is the same every time. Nothing is read back to the host: a target out of bounds
@@ -14,124 +14,161 @@ namespace fused_ops {
 namespace {
 
 // The rows as a kernel sees them.
-template <typename T>
+template <typename T, typename Acc = accumulate_t<T>>
 struct DeviceRows {
   const T* x;
-  const T* w;  // or null
-  const int64_t* y;
+  const Acc* w;      // or null
+  const int64_t* y;  // null for class probabilities
   int64_t N, C, ignore_index;
+  Acc label_smoothing, z_loss;
 
   explicit DeviceRows(const Rows& rows)
       : x(rows.logits.const_data_ptr<T>()),
-        w(data_or_null<T>(rows.weight)),
-        y(rows.target.const_data_ptr<int64_t>()),
+        w(data_or_null<Acc>(rows.weight)),
+        y(rows.probabilities ? nullptr : rows.target.const_data_ptr<int64_t>()),
         N(rows.N),
         C(rows.C),
-        ignore_index(rows.ignore_index) {}
+        ignore_index(rows.ignore_index),
+        label_smoothing(static_cast<Acc>(rows.label_smoothing)),
+        z_loss(static_cast<Acc>(rows.z_loss)) {}
 
-  __device__ accumulate_t<T> weight(int64_t c) const { return w ? widen(w[c]) : accumulate_t<T>(1); }
-
-  // The row's target, or -1 where it is ignored.
+  // The row's class; 0, which is as good as any, where its target is class probabilities; -1 where it is ignored.
   __device__ int64_t target(int64_t n) const {
+    if (!y) return 0;
     if (y[n] == ignore_index) return -1;
     const bool in_bounds = y[n] >= 0 && y[n] < C;
     if (!in_bounds) printf("Target %lld is out of bounds.\n", static_cast<long long>(y[n]));
     assert(in_bounds);
     return in_bounds ? y[n] : -1;
   }
+
+  // What the row weighs in the mean.
+  __device__ Acc weight(int64_t target) const { return y && w ? w[target] : Acc(1); }
 };
 
-template <typename T, typename Acc = accumulate_t<T>>
-__global__ void row_losses(DeviceRows<T> rows, Acc label_smoothing, Acc* m_out, Acc* log_z_out, Acc* losses) {
+// Σ t of a row, in every thread of its block; 0 for class indices without smoothing.
+template <typename Acc, typename Targets>
+__device__ Acc sum_targets(int64_t C, Targets t) {
+  Acc sum = 0;
+  if constexpr (Targets::kDense) {
+    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) sum += t(c);
+    sum = block_sum(sum);
+  }
+  return sum;
+}
+
+template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
+__global__ void row_losses(DeviceRows<T> rows, Cap cap, Targets targets, Acc* m_out, Acc* log_z_out, Acc* losses) {
   for (int64_t n = blockIdx.x; n < rows.N; n += gridDim.x) {
     const T* x = rows.x + n * rows.C;
+    const auto t = targets.row(n * rows.C);
     const Acc least = -std::numeric_limits<Acc>::infinity();
     Acc m = least;
     for (int64_t c = threadIdx.x; c < rows.C; c += blockDim.x) m = fmax(m, widen(x[c]));  // passes over a NaN
-    m = block_reduce(m, least, [](Acc a, Acc b) { return fmax(a, b); });
+    m = cap(block_reduce(m, least, [](Acc a, Acc b) { return fmax(a, b); }));
 
-    Acc z = 0, smooth = 0, w_sum = 0;  // Σ exp(x − m), Σ w·(m − x), Σ w
+    Acc z = 0, distance = 0;  // Σ exp(s − m), Σ t·(m − s)
     for (int64_t c = threadIdx.x; c < rows.C; c += blockDim.x) {
-      z += exp(widen(x[c]) - m);
-      if (label_smoothing > 0) {
-        smooth += rows.weight(c) * (m - widen(x[c]));
-        w_sum += rows.weight(c);
-      }
+      const Acc s = cap(widen(x[c]));
+      z += exp(s - m);
+      if constexpr (Targets::kDense) distance += t(c) * (m - s);
     }
     z = block_sum(z);
-    if (label_smoothing > 0) {
-      smooth = block_sum(smooth);
-      w_sum = block_sum(w_sum);
-    }
+    if constexpr (Targets::kDense) distance = block_sum(distance);
+    const Acc t_sum = sum_targets<Acc>(rows.C, t);
     if (threadIdx.x > 0) continue;
 
-    const Acc log_z = log(z);
+    m = isnan(z) && isfinite(m) ? z : m;                                          // a NaN among the logits
+    const Acc log_z = log(z), lse = m + log_z, dense = t_sum * log_z + distance;  // dense: Σ t·(lse − s)
     const int64_t y = rows.target(n);
     Acc loss = 0;
-    if (y >= 0) loss = rows.weight(y) * (log_z - (widen(x[y]) - m));
-    if (y >= 0 && label_smoothing > 0)
-      loss = (1 - label_smoothing) * loss + label_smoothing / rows.C * (w_sum * log_z + smooth);
-    m_out[n] = isnan(z) && isfinite(m) ? z : m;  // a NaN among the logits
+    if constexpr (Targets::kProbabilities) {
+      loss = dense;
+    } else if (y >= 0) {
+      loss = rows.weight(y) * (log_z - (cap(widen(x[y])) - m));
+      if constexpr (Targets::kDense) loss = (1 - rows.label_smoothing) * loss + rows.label_smoothing / rows.C * dense;
+    }
+    if (y >= 0 && rows.z_loss != 0) loss += rows.z_loss * lse * lse;
+    m_out[n] = m;
     log_z_out[n] = log_z;
     losses[n] = loss;
   }
 }
 
-// In one block: Σ w_y over the rows kept, and the losses' sum, mean, or (per_row) themselves in the dtype of the
-// logits.
+// In one block: what the mean divides by, and the losses' sum or mean (`loss` is null where they are not reduced).
 template <typename T, typename Acc = accumulate_t<T>>
-__global__ void reduce_losses(DeviceRows<T> rows, const Acc* losses, bool per_row, bool mean, T* out, Acc* weight_sum) {
+__global__ void reduce_losses(DeviceRows<T> rows, const Acc* losses, bool mean, Acc* loss, Acc* divisor) {
   double sum = 0, kept_weight = 0;
   for (int64_t n = threadIdx.x; n < rows.N; n += blockDim.x) {
     const int64_t y = rows.target(n);
     sum += losses[n];
     if (y >= 0) kept_weight += rows.weight(y);
-    if (per_row) out[n] = narrow<T>(losses[n]);
   }
   sum = block_sum(sum);
   kept_weight = block_sum(kept_weight);
   if (threadIdx.x > 0) return;
-  *weight_sum = static_cast<Acc>(kept_weight);
-  if (!per_row) *out = narrow<T>(static_cast<Acc>(mean ? sum / kept_weight : sum));
+  *divisor = static_cast<Acc>(kept_weight);
+  if (loss) *loss = static_cast<Acc>(mean ? sum / kept_weight : sum);
 }
 
-// dx_c = g·(T·p_c − t_c), with p_c = exp(x_c − m − log_z); `weight_sum` is null but for the mean.
-template <typename T, typename Acc = accumulate_t<T>>
-__global__ void row_gradients(DeviceRows<T> rows, const Acc* m, const Acc* log_z, const Acc* dlosses, bool per_row,
-                              const Acc* weight_sum, Acc label_smoothing, T* dlogits) {
-  const Acc smooth_t = label_smoothing / rows.C;  // what t has at every class, but for its weight
-  Acc w_sum = 0;
-  if (label_smoothing > 0) {
-    for (int64_t c = threadIdx.x; c < rows.C; c += blockDim.x) w_sum += rows.weight(c);
-    w_sum = block_sum(w_sum);
-  }
+// dx_c = g·(A·p_c − t_c)·k_c and dy_c = g·dt/dy·(lse − s_c), where not null. dx may lie where x does: a thread reads an
+// element before it writes it, and nobody else reads it. `divisor` is null but for the mean.
+template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
+__global__ void row_gradients(DeviceRows<T> rows, Cap cap, Targets targets, const Acc* m, const Acc* log_z,
+                              const Acc* dlosses, bool per_row, const Acc* divisor, T* dlogits, T* dtarget) {
+  const Acc share = rows.label_smoothing / rows.C;
+  Acc w_sum = 0;  // Σ w, of smoothed class indices
+  if constexpr (Targets::kDense && !Targets::kProbabilities) w_sum = sum_targets<Acc>(rows.C, targets);
   for (int64_t n = blockIdx.x; n < rows.N; n += gridDim.x) {
-    const T* x = rows.x + n * rows.C;
-    T* dx = dlogits + n * rows.C;
     const int64_t y = rows.target(n);
-    const Acc nll_t = y < 0 ? Acc(0) : (1 - label_smoothing) * rows.weight(y);  // what t has at the target alone
-    const Acc g = dlosses[per_row ? n : 0] / (weight_sum ? *weight_sum : Acc(1));
-    const Acc gT = g * (nll_t + smooth_t * w_sum);
+    const auto t = targets.row(n * rows.C);
+    const Acc g = dlosses[per_row ? n : 0] / (divisor ? *divisor : Acc(1));
+    Acc nll_t = 0, t_sum = share * w_sum;  // what t has at the target alone; Σ t
+    if constexpr (Targets::kProbabilities)
+      t_sum = sum_targets<Acc>(rows.C, t);
+    else
+      nll_t = y < 0 ? Acc(0) : (1 - rows.label_smoothing) * rows.weight(y);
+    const Acc A = nll_t + t_sum + 2 * rows.z_loss * (m[n] + log_z[n]);
     for (int64_t c = threadIdx.x; c < rows.C; c += blockDim.x) {
-      const Acc t = (c == y ? nll_t : Acc(0)) + (label_smoothing > 0 ? smooth_t * rows.weight(c) : Acc(0));
-      const Acc p = exp(widen(x[c]) - m[n] - log_z[n]);
-      dx[c] = y < 0 ? T(0) : narrow<T>(gT * p - g * t);
+      const int64_t i = n * rows.C + c;
+      const Acc s = cap(widen(rows.x[i])), neg_logp = log_z[n] - (s - m[n]);
+      if constexpr (Targets::kProbabilities) {
+        if (dlogits) dlogits[i] = narrow<T>(g * (A * exp(-neg_logp) - t(c)) * cap.slope(s));
+        if (dtarget) dtarget[i] = narrow<T>(g * t.slope(c) * neg_logp);
+      } else {
+        const Acc t_c = share * t(c) + (c == y ? nll_t : Acc(0));
+        dlogits[i] = y < 0 ? T(0) : narrow<T>(g * (A * exp(-neg_logp) - t_c) * cap.slope(s));
+      }
     }
   }
+}
+
+// Launches row_gradients.
+template <typename T>
+void launch_gradients(const Rows& rows, const RowGradients& gradients, T* dlogits, T* dtarget) {
+  using Acc = accumulate_t<T>;
+  if (rows.N == 0 || rows.C == 0) return;
+  const Acc* m = gradients.stats.const_data_ptr<Acc>();
+  const Acc* divisor = rows.mean ? gradients.divisor.const_data_ptr<Acc>() : nullptr;
+  dispatch_forms<T>(rows, [&](auto cap, auto targets) {
+    launch(rows.logits, rows.N, threads_for(rows.C), row_gradients<T, decltype(cap), decltype(targets)>,
+           DeviceRows<T>(rows), cap, targets, m, m + rows.N, gradients.dlosses.template const_data_ptr<Acc>(),
+           rows.per_row, divisor, dlogits, dtarget);
+  });
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
                                                          int64_t ignore_index, std::string reduction,
-                                                         double label_smoothing) {
-  const Rows rows(logits, target, weight, ignore_index);
+                                                         double label_smoothing, double z_loss,
+                                                         std::optional<double> softcap) {
+  const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   const auto acc_type = accumulate_type(logits.scalar_type());
-  const bool per_row = is_per_row(reduction);
   Tensor stats = torch::stable::new_empty(logits, {2, rows.N}, acc_type);
   Tensor losses = torch::stable::new_empty(logits, {rows.N}, acc_type);
-  Tensor weight_sum = torch::stable::new_empty(logits, {}, acc_type);
-  Tensor loss = per_row ? torch::stable::new_empty(logits, {rows.N}) : torch::stable::new_empty(logits, {});
+  Tensor divisor = torch::stable::new_empty(logits, {}, acc_type);
+  Tensor loss = rows.per_row ? losses : torch::stable::new_empty(logits, {}, acc_type);
 
   dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
@@ -140,32 +177,45 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
     Acc* m = stats.mutable_data_ptr<Acc>();
     Acc* of_row = losses.mutable_data_ptr<Acc>();
     if (rows.N > 0)
-      launch(logits, rows.N, threads_for(rows.C), row_losses<T>, on_device, static_cast<Acc>(label_smoothing), m,
-             m + rows.N, of_row);
-    launch(logits, 1, threads_for(rows.N), reduce_losses<T>, on_device, of_row, per_row, is_mean(reduction),
-           loss.mutable_data_ptr<T>(), weight_sum.mutable_data_ptr<Acc>());
+      dispatch_forms<T>(rows, [&](auto cap, auto targets) {
+        launch(logits, rows.N, threads_for(rows.C), row_losses<T, decltype(cap), decltype(targets)>, on_device, cap,
+               targets, m, m + rows.N, of_row);
+      });
+    launch(logits, 1, threads_for(rows.N), reduce_losses<T>, on_device, of_row, rows.mean,
+           rows.per_row ? nullptr : loss.mutable_data_ptr<Acc>(), divisor.mutable_data_ptr<Acc>());
   });
-  return {loss, stats, weight_sum};
+  return {loss, stats, divisor};
 }
 
-Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor stats,
-                              Tensor weight_sum, int64_t ignore_index, std::string reduction, double label_smoothing) {
-  const Rows rows(logits, target, weight, ignore_index);
-  const bool per_row = is_per_row(reduction);
-  const RowGradients gradients(rows, dloss, stats, weight_sum, per_row);
-  Tensor dlogits = torch::stable::new_empty(logits, {rows.N, rows.C});
-  if (rows.N == 0 || rows.C == 0) return dlogits;
+std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target,
+                                                  std::optional<Tensor> weight, Tensor stats, Tensor divisor,
+                                                  int64_t ignore_index, std::string reduction, double label_smoothing,
+                                                  double z_loss, std::optional<double> softcap, bool needs_logits,
+                                                  bool needs_target) {
+  const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
+  const RowGradients gradients(rows, dloss, stats, divisor);
+  Tensor dlogits = gradient_or_nothing(rows, needs_logits);
+  Tensor dtarget = gradient_or_nothing(rows, needs_target && rows.probabilities);
+  if (dlogits.numel() || dtarget.numel())
+    dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
+      using T = decltype(scalar);
+      launch_gradients<T>(rows, gradients, data_or_null<T>(dlogits), data_or_null<T>(dtarget));
+    });
+  return {dlogits, dtarget};
+}
 
+Tensor cross_entropy_backward_(Tensor dloss, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor stats,
+                               Tensor divisor, int64_t ignore_index, std::string reduction, double label_smoothing,
+                               double z_loss, std::optional<double> softcap, bool needs_target) {
+  STD_TORCH_CHECK(logits.is_contiguous(), "logits should be contiguous, to be written over");
+  const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
+  const RowGradients gradients(rows, dloss, stats, divisor);
+  Tensor dtarget = gradient_or_nothing(rows, needs_target && rows.probabilities);
   dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
-    using Acc = accumulate_t<T>;
-    const Acc* m = gradients.stats.template const_data_ptr<Acc>();
-    launch(logits, rows.N, threads_for(rows.C), row_gradients<T>, DeviceRows<T>(rows), m, m + rows.N,
-           gradients.dlosses.template const_data_ptr<Acc>(), per_row,
-           is_mean(reduction) ? gradients.weight_sum.template const_data_ptr<Acc>() : nullptr,
-           static_cast<Acc>(label_smoothing), dlogits.mutable_data_ptr<T>());
+    launch_gradients<T>(rows, gradients, logits.mutable_data_ptr<T>(), data_or_null<T>(dtarget));
   });
-  return dlogits;
+  return dtarget;
 }
 
 }  // namespace fused_ops
@@ -173,4 +223,5 @@ Tensor cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, std::o
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CUDA, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&fused_ops::cross_entropy_forward));
   m.impl("cross_entropy_backward", TORCH_BOX(&fused_ops::cross_entropy_backward));
+  m.impl("cross_entropy_backward_", TORCH_BOX(&fused_ops::cross_entropy_backward_));
 }

@@ -1,4 +1,8 @@
-"""What the losses over rows of logits share. Names as in `fused_ops.ops.cross_entropy`."""
+"""Shapes and checks that the losses over rows of logits share. Names as in `fused_ops.ops.cross_entropy`."""
+
+import torch
+
+from fused_ops._op import accumulate_dtype, is_autocast_enabled
 
 
 def as_rows(x):
@@ -8,26 +12,47 @@ def as_rows(x):
     return x[None] if x.dim() == 1 else x.movedim(1, -1).flatten(0, -2)
 
 
-def without_classes(x):
-    """The shape of (C,), (N, C) or (N, C, d1, d2, ...) without its C."""
-    return x.shape[:1] + x.shape[2:] if x.dim() > 1 else ()
+def without_classes(shape):
+    """(C,), (N, C) or (N, C, d1, d2, ...) without its C."""
+    return (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
 
 
-def neg_log_softmax(x):
-    """The two parts of lse, m (N, 1) and log_z (N, 1), and −log p = log_z − (x − m), (N, C)."""
-    m = x.amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)  # (N, 1)
-    log_z = (x - m).exp().sum(1, keepdim=True).log()  # (N, 1)
-    return m, log_z, log_z - (x - m)
+def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap):
+    """Refuse what PyTorch refuses, in its words, for logits of this shape and dtype."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, but got {softcap}")
 
+    expected = shape
+    if target.is_floating_point():
+        if ignore_index >= 0:
+            raise RuntimeError("ignore_index is not supported for floating point target")
+    elif target.shape == shape:
+        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
+    else:
+        if target.dtype not in (torch.int64, torch.uint8):
+            raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
+        expected = torch.Size(without_classes(shape))
+    if target.shape != expected:
+        if len(shape) > 1 and target.dim() > 0 and target.shape[0] != shape[0]:
+            raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target.shape[0]}).")
+        raise RuntimeError(f"Expected target size {list(expected)}, got {list(target.shape)}")
 
-def reduced(losses, reduction, divisor):
-    """The rows' losses, (N,), or their sum or their mean, ()."""
-    if reduction == "none":
-        return losses
-    return losses.sum() / divisor if reduction == "mean" else losses.sum()
-
-
-def row_gradient(dloss, reduction, divisor, x):
-    """g_n, the gradient of the whole by one row's loss: (N, 1)."""
-    g = dloss / divisor if reduction == "mean" else dloss
-    return g.to(x.dtype).expand(len(x))[:, None]
+    if weight is not None:
+        classes = shape[len(shape) > 1]
+        if weight.shape != (classes,):
+            raise RuntimeError(
+                f"weight tensor should be defined either for all {classes} classes or no classes "
+                f"but got weight tensor of shape: {list(weight.shape)}"
+            )
+        autocast = is_autocast_enabled(target.device)
+        if weight.dtype != dtype and not (autocast and weight.dtype == accumulate_dtype(dtype)):
+            raise RuntimeError(f"expected scalar type {dtype} but found {weight.dtype}")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "cross_entropy is not differentiable with respect to argument 'weight'. "
+                "This input cannot have requires_grad True."
+            )

@@ -19,7 +19,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from fused_ops._op import accumulate_dtype, define, differentiable
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable
 from fused_ops.ops._activations import ACTIVATIONS, check_activation
 from fused_ops.ops._channels import all_but_channels, dense, folded, in_layout_of, per_channel, unfolded
 from fused_ops.ops.batch_norm_derivatives import (
@@ -77,6 +77,7 @@ def batch_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     training: bool,
+    eps: float,
     activation: Optional[str],
     needs_input: bool,
     needs_parameters: bool,
@@ -135,9 +136,7 @@ _backward = define(batch_norm_backward)
 class BatchNorm(torch.autograd.Function):
     """Differentiable by input, weight, bias and residual. Its second and third outputs are for the backward pass."""
 
-    @staticmethod
-    def forward(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual):
-        return _forward(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+    forward = below_autograd(_forward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -192,24 +191,7 @@ class BatchNormBackward(torch.autograd.Function):
     Its derivatives are derived in `batch_norm_derivatives`.
     """
 
-    @staticmethod
-    def forward(
-        dy,
-        input,
-        weight,
-        bias,
-        residual,
-        mean,
-        rstd,
-        training,
-        eps,
-        activation,
-        needs_input,
-        needs_parameters,
-        needs_residual,
-    ):
-        needs = needs_input, needs_parameters, needs_residual
-        return _backward(dy, input, weight, bias, residual, mean, rstd, training, activation, *needs)
+    forward = below_autograd(_backward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -241,7 +223,8 @@ class BatchNormBackward(torch.autograd.Function):
         return unfolded(gradients, info.batch_size)
 
 
-_batch_norm, _batch_norm_backward = differentiable(BatchNorm), differentiable(BatchNormBackward)
+_batch_norm = differentiable(_forward, BatchNorm)
+_batch_norm_backward = differentiable(_backward, BatchNormBackward)
 
 
 def batch_norm(

@@ -3,28 +3,31 @@
     N  rows (examples)          x   logits, (N, C)
     C  classes                  y   target classes, (N,), or target probabilities, (N, C)
     w  class weights, (C,)      ε   label_smoothing
+    ζ  z_loss                   cap softcap
 
-Every form of the loss is a weighted sum of −log-probabilities,
+The logits may first be capped smoothly, s = cap·tanh(x/cap), or s = x. Every form of the loss is then a weighted sum of
+−log-probabilities, and perhaps a penalty that keeps the log-sum-exp near zero,
 
-    loss_n = Σ_c t_nc · (lse_n − x_nc)           lse_n = log Σ_c exp(x_nc)
+    loss_n = Σ_c t_nc·(lse_n − s_nc) + ζ·lse_n²          lse_n = log Σ_c exp(s_nc)
 
 and only the weights t differ:
 
     class indices            t_nc = (1−ε)·w_y·[c = y_n] + (ε/C)·w_c
     class probabilities      t_nc = w_c·((1−ε)·y_nc + ε/C)
 
-Softmax is the gradient of lse: ∂lse/∂x_c = exp(x_c − lse) = p_c. So one line serves every form,
+Softmax is the gradient of lse: ∂lse/∂s_c = exp(s_c − lse) = p_c. And tanh' = 1 − tanh². So one line serves every form,
 
-    dx_nc = g_n · (T_n·p_nc − t_nc)              T_n = Σ_c t_nc,  g_n = ∂L/∂loss_n
+    dx_nc = g_n·(A_n·p_nc − t_nc)·k_nc          A_n = Σ_c t_nc + 2ζ·lse_n,  k_nc = 1 − (s_nc/cap)²  (1 without a cap)
 
-With plain class indices t is one-hot, T = 1, and this is the `p − 1 at the target` of a first course. The seven steps
-between the logits and the loss (max, subtract, exp, sum, reciprocal, multiply, log) all cancel into it.
+with g_n = ∂L/∂loss_n. With plain class indices t is one-hot, A = k = 1, and this is the `p − 1 at the target` of a
+first course: the seven steps between the logits and the loss (max, subtract, exp, sum, reciprocal, multiply, log) all
+cancel into it. The loss is linear in class probabilities, so their gradient is dy_nc = g_n·(1−ε)·w_c·(lse_n − s_nc).
 
-lse is kept in two parts, the row's maximum m and log_z = log Σ exp(x − m), because their sum would round: beside
-logits of 1e4 a float32 has no digits left for a log_z of 0.7. Always lse − x = log_z − (x − m).
+lse is kept in two parts, the row's maximum m and log_z = log Σ exp(s − m), because their sum would round: beside
+logits of 1e4 a float32 has no digits left for a log_z of 0.7. Always lse − s = log_z − (s − m).
 
 Reductions: "none" returns loss_n; "sum" adds them; "mean" divides the sum by Σ w_y over the rows kept (class indices)
-or by N (class probabilities), as `torch.nn.functional.cross_entropy` does.
+or by N (class probabilities), as `torch.nn.functional.cross_entropy` does. Rows whose y is `ignore_index` have loss 0.
 """
 
 from typing import Optional, Tuple
@@ -33,9 +36,17 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy_reduction
 
-from fused_ops._op import accumulate_dtype, define, differentiable
-from fused_ops.ops._logits import as_rows, neg_log_softmax, reduced, row_gradient, without_classes
-from fused_ops.ops.cross_entropy_probabilities import cross_entropy_probabilities
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, is_autocast_enabled, looped
+from fused_ops.ops._logits import as_rows, check_loss, without_classes
+from fused_ops.ops.cross_entropy_derivatives import (
+    RowDerivatives,
+    class_targets,
+    dense_targets,
+    mean_weights,
+    reduced,
+    row_gradient,
+    softcapped,
+)
 
 
 def cross_entropy_forward(
@@ -45,27 +56,31 @@ def cross_entropy_forward(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    z_loss: float,
+    softcap: Optional[float],
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Loss of class indices: loss_n = (1−ε)·w_y·(lse − x_y) + (ε/C)·Σ_c w_c·(lse − x_c), 0 where y = ignore_index.
+    """loss_n = Σ_c t_nc·(lse_n − s_nc) + ζ·lse_n², and 0 where y = ignore_index.
 
-    Returns loss, () or (N,), in the dtype of the logits; stats = (m, log_z), (2, N), and weight_sum = Σ w_y, (), both
-    in the accumulate dtype.
+    Returns loss, () or (N,); stats = (m, log_z), (2, N); and the divisor of the mean, (): all in the accumulate dtype.
     """
     x = logits.to(accumulate_dtype(logits.dtype))  # (N, C)
-    w, y, kept, w_y = _class_weights(x, target, weight, ignore_index)
+    s, _ = softcapped(x, softcap)  # (N, C)
+    m = s.amax(1, keepdim=True) if s.shape[1] else s.new_zeros(s.shape[0], 1)  # (N, 1)
+    log_z = (s - m).exp().sum(1, keepdim=True).log()  # (N, 1)
+    neg_logp = log_z - (s - m)  # (N, C)
 
-    m, log_z, neg_logp = neg_log_softmax(x)  # (N, 1), (N, 1), (N, C)
-    nll = w_y * neg_logp.gather(1, y[:, None])[:, 0]  # (N)
-    if label_smoothing > 0:
-        smooth = (w * neg_logp).sum(1)  # (N)
-        losses = (1 - label_smoothing) * nll + label_smoothing / x.shape[1] * smooth  # (N)
-    else:  # not the same as ε = 0 above: 0·inf, where a logit is -inf, is not 0
-        losses = nll
-    losses = losses.where(kept, 0)  # (N)
+    t, kept = dense_targets(target, weight, ignore_index, label_smoothing, x)  # (N, C), (N, 1)
+    if target.is_floating_point() or label_smoothing > 0:
+        losses = (t * neg_logp).sum(1)  # (N)
+    else:  # not the same as the sum above: 0·inf, where a logit is -inf, is not 0
+        y = class_targets(target, t.new_ones(t.shape[1]), ignore_index)[0][:, None]  # (N, 1)
+        losses = (t.gather(1, y) * neg_logp.gather(1, y))[:, 0]  # (N)
+    if z_loss:
+        losses = losses + z_loss * (m + log_z).square()[:, 0]  # (N)
+    losses = losses.where(kept[:, 0], 0)  # (N)
 
-    weight_sum = w_y.sum()  # ()
-    loss = reduced(losses, reduction, weight_sum)
-    return loss.to(logits.dtype), torch.cat((m, log_z), 1).t().contiguous(), weight_sum
+    divisor = mean_weights(target, weight, ignore_index, x.dtype).sum()  # ()
+    return reduced(losses, reduction, divisor), torch.cat((m, log_z), 1).t().contiguous(), divisor
 
 
 def cross_entropy_backward(
@@ -74,142 +89,204 @@ def cross_entropy_backward(
     target: Tensor,
     weight: Optional[Tensor],
     stats: Tensor,
-    weight_sum: Tensor,
+    divisor: Tensor,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
-) -> Tensor:
-    """dx_nc = g_n·(T_n·p_nc − t_nc), with t_nc = (1−ε)·w_y·[c = y_n] + (ε/C)·w_c and T_n = (1−ε)·w_y + (ε/C)·Σ_c w_c.
+    z_loss: float,
+    softcap: Optional[float],
+    needs_logits: bool,
+    needs_target: bool,
+) -> Tuple[Tensor, Tensor]:
+    """dx_nc = g_n·(A_n·p_nc − t_nc)·k_nc, with A_n = Σ_c t_nc + 2ζ·lse_n; and dy_nc = g_n·(1−ε)·w_c·(lse_n − s_nc).
 
-    g_n is dloss_n ("none"), dloss ("sum") or dloss / Σ w_y ("mean"), and 0 in the rows that are ignored: so a batch
-    of ignored rows has the loss 0/0 = NaN and the gradient 0. Returns dlogits, (N, C), contiguous.
+    g_n is dloss_n ("none"), dloss ("sum") or dloss / divisor ("mean"), and 0 in the rows that are ignored: so a batch
+    of ignored rows has the loss 0/0 = NaN and the gradient 0. Returns dlogits and dtarget, (N, C), contiguous, of the
+    dtypes of logits and target; (0,) for one that isn't needed.
     """
     x = logits.to(stats.dtype)  # (N, C)
-    w, y, kept, w_y = _class_weights(x, target, weight, ignore_index)
     m, log_z = stats.unsqueeze(2)  # (N, 1) each
-
-    p = (x - m - log_z).exp()  # (N, C)
-    nll_t = (1 - label_smoothing) * w_y  # (N): what t has at the target alone
-    smooth_t = label_smoothing / max(x.shape[1], 1) * w  # (C): what t has at every class
-    T = nll_t + smooth_t.sum()  # (N)
-    g = row_gradient(dloss, reduction, weight_sum, x)  # (N, 1)
-
-    dx = T[:, None] * p - smooth_t  # (N, C)
-    dx = dx.scatter_add(1, y[:, None], -nll_t[:, None])  # (N, C)
-    dx = torch.where(kept[:, None], g * dx, 0)  # (N, C)
-    return dx.to(logits.dtype).contiguous()
-
-
-_forward, _backward = define(cross_entropy_forward), define(cross_entropy_backward)
-
-
-def _class_weights(x, target, weight, ignore_index):
-    """w (C,), or ones; y (N,) with a harmless 0 where ignored; which rows are kept (N,); w_y (N,), 0 where ignored."""
-    w = x.new_ones(x.shape[1]) if weight is None else weight.to(x.dtype)  # (C)
-    kept = target != ignore_index  # (N)
-    y = target.where(kept, 0)  # (N)
-    return w, y, kept, w.gather(0, y).where(kept, 0)  # gather, unlike w[y], refuses a negative index
+    s, k = softcapped(x, softcap)  # (N, C) each
+    neg_logp = log_z - (s - m)  # (N, C)
+    g = row_gradient(dloss.to(x.dtype), reduction, divisor, x.shape[0])  # (N, 1)
+    dlogits, dtarget = logits.new_empty(0), logits.new_empty(0)
+    if needs_logits:
+        p = (-neg_logp).exp()  # (N, C)
+        t, kept = dense_targets(target, weight, ignore_index, label_smoothing, x)  # (N, C), (N, 1)
+        A = t.sum(1, keepdim=True) + 2 * z_loss * (m + log_z)  # (N, 1)
+        dx = torch.where(kept, g * (A * p - t) * k, 0)  # (N, C)
+        dlogits = dx.to(logits.dtype).contiguous()
+    if needs_target:
+        dy = g * (1 - label_smoothing) * neg_logp  # (N, C)
+        dy = dy if weight is None else weight.to(x.dtype) * dy  # (N, C)
+        dtarget = dy.to(target.dtype).contiguous()
+    return dlogits, dtarget
 
 
-def _derivative(logits, target, weight, dtype, ignore_index, label_smoothing):
-    """p, (N, C); T, (N, 1), and q = T·p − t = ∂loss_n/∂x_nc, (N, C), both 0 in the rows that are ignored."""
-    x = logits.to(dtype)  # (N, C)
-    w, y, kept, w_y = _class_weights(x, target, weight, ignore_index)
-    nll_t = ((1 - label_smoothing) * w_y)[:, None]  # (N, 1)
-    smooth_t = kept[:, None] * (label_smoothing / max(x.shape[1], 1) * w)  # (N, C)
-    t = smooth_t.scatter_add(1, y[:, None], nll_t)  # (N, C)
-    p, T = x.softmax(1), t.sum(1, keepdim=True)  # (N, C), (N, 1)
-    return p, T, T * p - t
+def cross_entropy_backward_(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    stats: Tensor,
+    divisor: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: Optional[float],
+    needs_target: bool,
+) -> Tensor:
+    """As `cross_entropy_backward`, with dlogits written over the logits, which are contiguous. Returns dtarget."""
+    options = ignore_index, reduction, label_smoothing, z_loss, softcap
+    dlogits, dtarget = cross_entropy_backward(
+        dloss, logits, target, weight, stats, divisor, *options, True, needs_target
+    )
+    logits.copy_(dlogits)
+    return dtarget
 
 
-def _loss_along(v, logits, target, weight, weight_sum, ignore_index, reduction, label_smoothing):
-    """How fast the loss changes as the logits move along v: Σ_c v_nc·q_nc, reduced as the losses are."""
-    v = v.to(weight_sum.dtype)  # (N, C)
-    _, _, q = _derivative(logits, target, weight, v.dtype, ignore_index, label_smoothing)
-    return reduced((v * q).sum(1), reduction, weight_sum).to(logits.dtype)  # () or (N)
-
-
-def _gradient_along(v, dloss, logits, target, weight, weight_sum, ignore_index, reduction, label_smoothing):
-    """How fast dlogits changes as the logits move along v: g_n·T_n·p_nc·(v_nc − Σ_k p_nk·v_nk), (N, C)."""
-    v = v.to(weight_sum.dtype)  # (N, C)
-    p, T, _ = _derivative(logits, target, weight, v.dtype, ignore_index, label_smoothing)
-    g = row_gradient(dloss, reduction, weight_sum, p)  # (N, 1)
-    g = g.where(T != 0, 0)  # not g·0: in a batch of ignored rows g is infinite
-    return (g * T * p * (v - (p * v).sum(1, keepdim=True))).to(logits.dtype)
+forward_op, _backward_op = define(cross_entropy_forward), define(cross_entropy_backward)
+backward_op_ = define(cross_entropy_backward_, mutates_args=("logits",))
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Differentiable by the logits alone. Its second and third outputs are what the backward pass needs."""
+    """Differentiable by the logits and by class probabilities. Two more outputs are what the backward pass needs."""
 
-    @staticmethod
-    def forward(logits, target, weight, ignore_index, reduction, label_smoothing):
-        return _forward(logits, target, weight, ignore_index, reduction, label_smoothing)
+    forward = below_autograd(forward_op)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         logits, target, weight, *ctx.options = inputs
-        _, stats, weight_sum = output
-        ctx.mark_non_differentiable(stats, weight_sum)
+        _, stats, divisor = output
+        ctx.mark_non_differentiable(stats, divisor)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, stats, weight_sum)
-        ctx.save_for_forward(logits, target, weight, stats, weight_sum)
+        ctx.save_for_backward(logits, target, weight, stats, divisor)
+        ctx.save_for_forward(logits, target, weight, stats, divisor)
 
     @staticmethod
-    def backward(ctx, dloss, _dstats, _dweight_sum):
-        dlogits = None if dloss is None else _cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options)
-        return dlogits, None, None, None, None, None
+    def backward(ctx, dloss, _dstats, _ddivisor):
+        needs = ctx.needs_input_grad[:2]
+        dlogits = dtarget = None
+        if dloss is not None:
+            dlogits, dtarget = _cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, *needs)
+        return dlogits if needs[0] else None, dtarget if needs[1] else None, None, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, logits_t, *_):
-        logits, target, weight, _, weight_sum = ctx.saved_tensors
-        return _loss_along(logits_t, logits, target, weight, weight_sum, *ctx.options), None, None
+    def jvp(ctx, logits_t, target_t, *_):
+        logits, target, weight, _, divisor = ctx.saved_tensors
+        ignore_index, reduction, *smooth = ctx.options
+        along = RowDerivatives(logits, target, weight, ignore_index, *smooth).loss_along(logits_t, target_t)  # (N)
+        return reduced(along, reduction, divisor), None, None
+
+    @staticmethod
+    def vmap(info, in_dims, logits, target, weight, ignore_index, reduction, *smooth):
+        """A batch of batches is one batch of rows, whose losses are then reduced batch by batch."""
+        if in_dims[2] is not None:
+            return looped(_cross_entropy, info, in_dims, (logits, target, weight, ignore_index, reduction, *smooth))
+        B = info.batch_size
+        logits, target = (_batch_first(t, dim, B) for t, dim in zip((logits, target), in_dims, strict=False))
+        N = logits.shape[1]
+        rows = logits.flatten(0, 1), target.flatten(0, 1)
+        losses, stats, _ = _cross_entropy(*rows, weight, ignore_index, "none", *smooth)  # (B·N), (2, B·N)
+        losses = losses.view(B, N)
+        divisors = mean_weights(rows[1], weight, ignore_index, losses.dtype).view(B, N).sum(1)  # (B)
+        if reduction != "none":
+            losses = losses.sum(1) / (divisors if reduction == "mean" else 1)  # (B)
+        return (losses, stats.view(2, B, N), divisors), (0, 1, 0)
 
 
 class CrossEntropyBackward(torch.autograd.Function):
-    """dlogits, differentiable by dloss and by the logits.
+    """dlogits and dtarget, differentiable by dloss, logits and target."""
 
-    dlogits = g·q is the loss's derivative in disguise, and the matrix of second derivatives is symmetric. So what
-    comes back to dloss, from a gradient v of dlogits, is the loss's change along v, and what comes back to the logits
-    is the change of dlogits along v: the two formulas that forward mode needs, too. Both are written in PyTorch's
-    differentiable ops, which gives the derivatives of higher order.
-    """
-
-    @staticmethod
-    def forward(dloss, logits, target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing):
-        return _backward(dloss, logits, target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing)
+    forward = below_autograd(_backward_op)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ignore_index, reduction, label_smoothing = inputs
-        ctx.options = ignore_index, reduction, label_smoothing
+        ctx.options, ctx.needs = inputs[6:11], inputs[11:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_backward(*inputs[:6])
+        ctx.save_for_forward(*inputs[:6])
 
     @staticmethod
-    def backward(ctx, v):
-        dloss, logits, target, weight, _, weight_sum = ctx.saved_tensors
-        saved = logits, target, weight, weight_sum
-        ddloss = dlogits = None
-        if v is not None and ctx.needs_input_grad[0]:
-            ddloss = _loss_along(v, *saved, *ctx.options)
-        if v is not None and ctx.needs_input_grad[1]:
-            dlogits = _gradient_along(v, dloss, *saved, *ctx.options)
-        return ddloss, dlogits, None, None, None, None, None, None, None
+    def backward(ctx, v, u):
+        """By symmetry: along (v, u), the loss's change comes back to dloss, that of the gradients to their tensors."""
+        dloss, logits, target, weight, _, divisor = ctx.saved_tensors
+        ignore_index, reduction, *smooth = ctx.options
+        v, u = (t if needed else None for t, needed in zip((v, u), ctx.needs, strict=True))
+        row = RowDerivatives(logits, target, weight, ignore_index, *smooth)
+        to_dloss = to_logits = to_target = None
+        if ctx.needs_input_grad[0]:
+            to_dloss = reduced(row.loss_along(v, u), reduction, divisor)
+        if any(ctx.needs_input_grad[1:3]):
+            to_logits, to_target = row.gradients_along(v, u, row_gradient(dloss, reduction, divisor, logits.shape[0]))
+        return to_dloss, to_logits, to_target if ctx.needs_input_grad[2] else None, *[None] * 10
 
     @staticmethod
-    def jvp(ctx, dloss_t, logits_t, *_):
-        dloss, logits, target, weight, stats, weight_sum = ctx.saved_tensors
-        saved = logits, target, weight
-        dlogits_t = torch.zeros_like(logits, memory_format=torch.contiguous_format)  # (N, C)
+    def jvp(ctx, dloss_t, logits_t, target_t, *_):
+        dloss, logits, target, weight, stats, divisor = ctx.saved_tensors
+        ignore_index, reduction, *smooth = ctx.options
+        row = RowDerivatives(logits, target, weight, ignore_index, *smooth)
+        g = row_gradient(dloss, reduction, divisor, logits.shape[0])  # (N, 1)
+        tangents = row.gradients_along(logits_t, target_t, g)  # (N, C) each
         if dloss_t is not None:
-            dlogits_t = dlogits_t + _cross_entropy_backward(dloss_t, *saved, stats, weight_sum, *ctx.options)
-        if logits_t is not None:
-            dlogits_t = dlogits_t + _gradient_along(logits_t, dloss, *saved, weight_sum, *ctx.options)
-        return dlogits_t
+            saved = logits, target, weight, stats, divisor
+            more = _cross_entropy_backward(dloss_t, *saved, *ctx.options, *ctx.needs)
+            tangents = [t + m if needed else t for t, m, needed in zip(tangents, more, ctx.needs, strict=True)]
+        return tuple(t if needed else t.new_zeros(0) for t, needed in zip(tangents, ctx.needs, strict=True))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        if in_dims[3] is not None:
+            return looped(_cross_entropy_backward, info, in_dims, args)
+        B = info.batch_size
+        _, _, _, weight, stats, _, ignore_index, reduction, *options = args
+        dloss, logits, target, divisor = (_batch_first(args[i], in_dims[i], B) for i in (0, 1, 2, 5))
+        stats = stats.expand(B, *stats.shape) if in_dims[4] is None else stats.movedim(in_dims[4], 0)  # (B, 2, N)
+        N = logits.shape[1]
+        g = dloss / divisor if reduction == "mean" else dloss  # (B) or (B, N)
+        g = g.view(B, -1).expand(B, N).flatten()  # (B·N)
+        rows = logits.flatten(0, 1), target.flatten(0, 1), weight, stats.transpose(0, 1).flatten(1)
+        gradients = _cross_entropy_backward(g, *rows, divisor[0], ignore_index, "none", *options)
+        return tuple(t.unflatten(0, (B, N)) if t.dim() > 1 else t.expand(B, 0) for t in gradients), (0, 0)
 
 
-_cross_entropy, _cross_entropy_backward = differentiable(CrossEntropy), differentiable(CrossEntropyBackward)
+class InplaceCrossEntropy(CrossEntropy):
+    """Cross-entropy whose backward pass writes the gradient over the logits."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        CrossEntropy.setup_context(ctx, inputs, output)
+        ctx.spent = False
+
+    @staticmethod
+    def backward(ctx, dloss, _dstats, _ddivisor):
+        if torch.is_grad_enabled():
+            raise RuntimeError("cross_entropy(inplace_grad=True) has no second derivative: use inplace_grad=False")
+        if ctx.spent:
+            raise RuntimeError(
+                "cross_entropy(inplace_grad=True): a second backward pass is not possible, "
+                "because the first one has written the gradient over the logits. Use inplace_grad=False"
+            )
+        if dloss is None:
+            return (None,) * 8
+        logits, *saved = ctx.saved_tensors  # raises if somebody else has changed the logits
+        ctx.spent = True
+        dtarget = backward_op_(dloss, logits, *saved, *ctx.options, ctx.needs_input_grad[1])
+        torch.autograd.graph.increment_version(logits)  # so that whoever needs the logits as they were is told
+        return logits.detach(), dtarget if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError("cross_entropy(inplace_grad=True) has no forward mode: use inplace_grad=False")
+
+    @staticmethod
+    def vmap(info, in_dims, *_):
+        raise RuntimeError("cross_entropy(inplace_grad=True) cannot be vmapped: use inplace_grad=False")
+
+
+_cross_entropy = differentiable(forward_op, CrossEntropy)
+_cross_entropy_backward = differentiable(_backward_op, CrossEntropyBackward)
 
 
 def cross_entropy(
@@ -221,6 +298,10 @@ def cross_entropy(
     reduce=None,
     reduction="mean",
     label_smoothing=0.0,
+    *,
+    z_loss=0.0,
+    softcap=None,
+    inplace_grad=False,
 ):
     """Cross-entropy between logits and targets: a drop-in for `torch.nn.functional.cross_entropy`.
 
@@ -228,74 +309,57 @@ def cross_entropy(
         input: logits, (C,), (N, C) or (N, C, d1, d2, ...); float32, float64, float16 or bfloat16 (16-bit types are
             summed in float32).
         target: class indices, int64 or uint8, of the shape of `input` without C, each in [0, C) or `ignore_index`;
-            or class probabilities, floating point, of the shape of `input`.
+            or class probabilities, floating point, of the shape of `input`, differentiable.
         weight: a weight for each class, (C,), of the dtype of `input`. Not differentiable.
         size_average, reduce: PyTorch's deprecated spellings of `reduction`.
         ignore_index: the class index whose rows add nothing to the loss and get a zero gradient.
         reduction: "mean" (over the weights of the targets; over the rows for probabilities), "sum" or "none".
         label_smoothing: ε in [0, 1], the share of each target that is spread evenly over the classes.
+        z_loss: ζ; adds ζ·lse² to the loss of each row that is kept, before the reduction.
+        softcap: cap > 0; replaces the logits x by cap·tanh(x/cap).
+        inplace_grad: let the gradient take the storage of the logits in the backward pass, which saves its memory (a
+            copy of the logits does, where they are not contiguous rows of classes). There are no second derivatives
+            then, and the logits are gone. torch.compile, which plans memory itself, passes over it.
 
     Returns:
-        The loss, in nats: () or, for "none", of the shape of `input` without C; dtype of `input`.
+        The loss, in nats: () or, for "none", of the shape of `input` without C; of the dtype of `input` or, under
+        autocast, float32.
 
     Raises:
         IndexError: a class index out of range (RuntimeError where the reference runs).
-        ValueError: batch sizes that differ, or an unknown reduction.
-        RuntimeError: other shapes or dtypes that don't fit together, and a weight that requires a gradient.
+        ValueError: batch sizes that differ, an unknown reduction, or a softcap that is not positive.
+        RuntimeError: other shapes or dtypes that don't fit together, and a weight that requires a gradient. With
+            inplace_grad: a second backward pass, a second derivative, forward mode or vmap, and a backward pass of
+            whoever else needed the logits.
 
-    Source: derived at the head of `fused_ops/ops/cross_entropy.py`; label smoothing after Szegedy et al. 2016.
+    Source: derived at the head of `fused_ops/ops/cross_entropy.py`; label smoothing after Szegedy et al. 2016, z-loss
+    after Chowdhery et al. 2022 (PaLM), softcap after Gemma Team 2024.
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction.legacy_get_string(size_average, reduce)
-    _check(input, target, weight, ignore_index, reduction, label_smoothing)
-
-    logits = as_rows(input)
-    if target.is_floating_point():
-        loss, _ = cross_entropy_probabilities(logits, as_rows(target), weight, reduction, label_smoothing)
-    else:
-        y = target.reshape(-1).long()  # (N)
-        loss, _, _ = _cross_entropy(logits, y, weight, ignore_index, reduction, label_smoothing)
-    return loss.reshape(without_classes(input)) if reduction == "none" else loss
-
-
-def _check(input, target, weight, ignore_index, reduction, label_smoothing):
-    """Refuse what PyTorch refuses, in its words."""
     if input.dim() == 0 or not input.is_floating_point():
         raise RuntimeError(
             f"expected floating point logits of shape (C,), (N, C) or (N, C, d1, ...), "
             f"got {input.dtype} of shape {tuple(input.shape)}"
         )
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{reduction} is not a valid value for reduction")
-    if not 0 <= label_smoothing <= 1:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    check_loss(input.shape, input.dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
-    classes = input.shape[input.dim() > 1]
+    logits, dtype = as_rows(input), input.dtype
     if target.is_floating_point():
-        if ignore_index >= 0:
-            raise RuntimeError("ignore_index is not supported for floating point target")
-        expected = input.shape
+        dtype = torch.promote_types(dtype, target.dtype)
+        logits, y = logits.to(dtype), as_rows(target).to(dtype)  # (N, C) each
     else:
-        if target.dtype not in (torch.int64, torch.uint8):
-            raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
-        expected = without_classes(input)
-    if target.shape != expected:
-        if input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]:
-            raise ValueError(
-                f"Expected input batch_size ({input.shape[0]}) to match target batch_size ({target.shape[0]})."
-            )
-        raise RuntimeError(f"Expected target size {list(expected)}, got {list(target.shape)}")
+        y = target.reshape(-1).long()  # (N)
+    options = ignore_index, reduction, label_smoothing, z_loss, softcap
+    if inplace_grad and not torch.compiler.is_compiling():
+        loss, _, _ = InplaceCrossEntropy.apply(logits.contiguous(), y, weight, *options)
+    else:
+        loss, _, _ = _cross_entropy(logits, y, weight, *options)
+    if not is_autocast_enabled(input.device):
+        loss = loss.to(dtype)
+    return loss.reshape(without_classes(input.shape)) if reduction == "none" else loss
 
-    if weight is not None:
-        if weight.shape != (classes,):
-            raise RuntimeError(
-                f"weight tensor should be defined either for all {classes} classes or no classes "
-                f"but got weight tensor of shape: {list(weight.shape)}"
-            )
-        if weight.dtype != input.dtype:
-            raise RuntimeError(f"expected scalar type {input.dtype} but found {weight.dtype}")
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "cross_entropy is not differentiable with respect to argument 'weight'. "
-                "This input cannot have requires_grad True."
-            )
+
+def _batch_first(t, dim, B):
+    """vmap's batch as the first dimension."""
+    return t.expand(B, *t.shape) if dim is None else t.movedim(dim, 0)

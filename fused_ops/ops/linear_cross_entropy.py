@@ -1,0 +1,341 @@
+"""A linear layer and the cross-entropy of its outputs in one op, without ever holding all the logits.
+
+    N  examples         x  input, (N, H)                     z  logits, (N, D·C): D rows of C classes an example
+    H  in_features      W  linear_weight, (D·C, H)           y, w, ε, ζ, cap  as in `fused_ops.ops.cross_entropy`
+                        b  linear_bias, (D·C,)
+
+    z = x·Wᵀ + b        loss = cross_entropy(z, y)
+
+With dz = ∂L/∂z, the gradient that cross-entropy hands back, the linear layer's own gradients are those of any product,
+
+    dx = dz·W           dW = dzᵀ·x           db = Σ_n dz_n
+
+What makes it cheap in memory: each row of z meets only its own row of x and y, and of the other rows it needs nothing
+but the mean's divisor, which depends on the targets alone. So a chunk of rows is enough at a time. Its logits are
+computed, turned into their gradient where they lie, multiplied into dx, added into dW and db, and forgotten.
+
+And in time: if the loss is reduced to one number, its gradients are those for dloss = 1 times dloss. They can be worked
+out in the forward pass, while the chunk's logits are there, and the backward pass only multiplies. Otherwise (reduction
+"none", a second backward pass, second derivatives) it computes the logits once more.
+"""
+
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, is_autocast_enabled, looped
+from fused_ops.ops import cross_entropy as ce
+from fused_ops.ops._logits import as_rows, check_loss, without_classes
+from fused_ops.ops.cross_entropy_derivatives import mean_weights, reduced, row_gradient
+from fused_ops.ops.linear_cross_entropy_derivatives import gradients_along, linear_logits, loss_along, row_dtype
+
+
+def linear_cross_entropy_forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Optional[Tensor],
+    target: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: Optional[float],
+    classes: int,
+    chunk_size: int,
+    needs: List[bool],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss = cross_entropy(x·Wᵀ + b, y), and its gradients for dloss = 1.
+
+    Returns loss, () or (N·D,), and the mean's divisor, (), in the accumulate dtype; then dinput, dlinear_weight,
+    dlinear_bias and dtarget, of the shapes and dtypes of their tensors, or (0,) for one that isn't among the needs.
+    """
+    options = ignore_index, reduction, label_smoothing, z_loss, softcap
+    logits = linear_logits(input, linear_weight, linear_bias, target, classes)  # (N·D, C)
+    loss, _, divisor = ce.cross_entropy_forward(logits, target, weight, *options)
+    saved = input, linear_weight, linear_bias, target, weight, divisor
+    gradients = linear_cross_entropy_backward(torch.ones_like(loss), *saved, *options, classes, chunk_size, needs)
+    return loss, divisor, *gradients
+
+
+def linear_cross_entropy_backward(
+    dloss: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Optional[Tensor],
+    target: Tensor,
+    weight: Optional[Tensor],
+    divisor: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: Optional[float],
+    classes: int,
+    chunk_size: int,
+    needs: List[bool],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dz = ∂L/∂z of cross-entropy; then dx = dz·W, dW = dzᵀ·x and db = Σ_n dz_n, summed in the accumulate dtype.
+
+    Returns dinput, dlinear_weight, dlinear_bias and dtarget as the forward pass does.
+    """
+    options = ignore_index, reduction, label_smoothing, z_loss, softcap
+    logits = linear_logits(input, linear_weight, linear_bias, target, classes)  # (N·D, C)
+    _, stats, _ = ce.cross_entropy_forward(logits, target, weight, *options)
+    saved = logits, target, weight, stats, divisor
+    dlogits, dtarget = ce.cross_entropy_backward(dloss, *saved, *options, True, needs[3])
+    dz = dlogits.view(-1, linear_weight.shape[0]).to(input.dtype)  # (N, D·C)
+    sums = dz.to(accumulate_dtype(dz.dtype))  # (N, D·C)
+    dinput = dz @ linear_weight if needs[0] else dz.new_empty(0)
+    dlinear_weight = (sums.t() @ input.to(sums.dtype)).to(dz.dtype) if needs[1] else dz.new_empty(0)
+    dlinear_bias = sums.sum(0).to(dz.dtype) if needs[2] else dz.new_empty(0)
+    return dinput, dlinear_weight, dlinear_bias, dtarget
+
+
+def _forward_in_chunks(input, linear_weight, linear_bias, target, weight, ignore_index, reduction, *others):
+    divisor = mean_weights(target, weight, ignore_index, accumulate_dtype(input.dtype)).sum()  # ()
+    g = row_gradient(torch.ones_like(divisor), reduction, divisor, target.shape[0])[:, 0]  # (N·D)
+    tensors = input, linear_weight, linear_bias, target, weight
+    losses, *gradients = _in_chunks(g, *tensors, ignore_index, *others)
+    return reduced(losses, reduction, divisor), divisor, *gradients
+
+
+def _backward_in_chunks(dloss, input, linear_weight, linear_bias, target, weight, divisor, ignore_index, *others):
+    reduction, *others = others
+    g = row_gradient(dloss.to(divisor.dtype), reduction, divisor, target.shape[0])[:, 0]  # (N·D)
+    _, *gradients = _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_index, *others)
+    return tuple(gradients)
+
+
+def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_index, *others):
+    """The losses of all rows, (N·D,), and the gradients that are needed where g_n comes back to row n's loss."""
+    *smooth, classes, chunk_size, needs = others
+    acc, D = accumulate_dtype(input.dtype), linear_weight.shape[0] // classes
+    losses = g.new_empty(target.shape[0])
+    dinput = input.new_empty(input.shape) if needs[0] else input.new_empty(0)
+    dtarget = target.new_empty(target.shape) if needs[3] else input.new_empty(0)
+    dlinear_weight = g.new_zeros(linear_weight.shape) if needs[1] else input.new_empty(0)
+    dlinear_bias = g.new_zeros(linear_bias.shape) if needs[2] else input.new_empty(0)
+    room = input.new_empty(min(chunk_size, input.shape[0]), linear_weight.shape[0])  # for the logits of a chunk
+    with torch.autocast(input.device.type, enabled=False):  # the caller has cast what there was to cast
+        for start in range(0, input.shape[0], chunk_size):
+            x = input[start : start + chunk_size]  # (n, H)
+            z = room[: x.shape[0]]  # (n, D·C)
+            if linear_bias is None:
+                torch.mm(x, linear_weight.t(), out=z)
+            else:
+                torch.addmm(linear_bias, x, linear_weight.t(), out=z)
+            rows = slice(start * D, (start + x.shape[0]) * D)
+            y, logits = target[rows], z.view(-1, classes).to(row_dtype(input, target))  # (n·D), (n·D, C)
+            losses[rows], *saved = ce.forward_op(logits, y, weight, ignore_index, "none", *smooth)
+            if not any(needs):
+                continue
+            dy = ce.backward_op_(g[rows], logits, y, weight, *saved, ignore_index, "none", *smooth, needs[3])
+            dz = logits.view(z.shape).to(z.dtype)  # (n, D·C): where the logits were
+            if needs[0]:
+                torch.mm(dz, linear_weight, out=dinput[start : start + chunk_size])
+            if needs[1]:
+                dlinear_weight.addmm_(dz.t().to(acc), x.to(acc))
+            if needs[2]:
+                dlinear_bias += dz.sum(0, dtype=acc)
+            if needs[3]:
+                dtarget[rows] = dy
+    return losses, dinput, dlinear_weight.to(input.dtype), dlinear_bias.to(input.dtype), dtarget
+
+
+_forward = define(linear_cross_entropy_forward, implementation=_forward_in_chunks)
+_backward = define(linear_cross_entropy_backward, implementation=_backward_in_chunks)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Differentiable by input, linear weight, linear bias and class probabilities.
+
+    The second output is the mean's divisor; the others are the gradients for dloss = 1, of whatever `needs` names.
+    """
+
+    forward = below_autograd(_forward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tensors, ctx.options, ctx.made = inputs[:5], inputs[5:12], inputs[12]
+        _, divisor, *gradients = output
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(divisor, *gradients)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, divisor)
+        ctx.save_for_forward(*tensors, divisor)
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        needs = ctx.needs_input_grad[:4]
+        if dloss is None:
+            return (None,) * 13
+        made = ctx.gradients is not None and all(m or not n for m, n in zip(ctx.made, needs, strict=True))
+        if not made or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            gradients = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, list(needs))
+        elif type(dloss) is Tensor:  # the first backward pass takes what the forward pass made, and multiplies in place
+            gradients, ctx.gradients = [g.mul_(dloss) for g in ctx.gradients], None
+        else:  # a compiler traces this, for any number of backward passes
+            gradients = [g * dloss for g in ctx.gradients]
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 9
+
+    @staticmethod
+    def jvp(ctx, input_t, linear_weight_t, linear_bias_t, target_t, *_):
+        *tensors, divisor = ctx.saved_tensors
+        tangents = input_t, linear_weight_t, linear_bias_t
+        return loss_along(tensors, divisor, tangents, target_t, ctx.options), *[None] * 5
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return looped(_linear_cross_entropy, info, in_dims, args)
+
+
+class LinearCrossEntropyBackward(torch.autograd.Function):
+    """dinput, dlinear_weight, dlinear_bias and dtarget, differentiable by dloss and by what they are gradients by."""
+
+    forward = below_autograd(_backward)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options, ctx.needs = inputs[7:14], inputs[14]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:7])
+        ctx.save_for_forward(*inputs[:7])
+
+    @staticmethod
+    def backward(ctx, *v):
+        """By symmetry, as in `CrossEntropyBackward`: what comes back is the change along v."""
+        dloss, *tensors, divisor = ctx.saved_tensors
+        *tangents, target_t = (t if needed else None for t, needed in zip(v, ctx.needs, strict=True))
+        to_dloss, to_inputs = None, (None,) * 4
+        if ctx.needs_input_grad[0]:
+            to_dloss = loss_along(tensors, divisor, tangents, target_t, ctx.options)
+        if any(ctx.needs_input_grad[1:5]):
+            to_inputs = gradients_along(dloss, tensors, divisor, tangents, target_t, ctx.options)
+        to_inputs = (t if needed else None for t, needed in zip(to_inputs, ctx.needs_input_grad[1:5], strict=True))
+        return to_dloss, *to_inputs, *[None] * 10
+
+    @staticmethod
+    def jvp(ctx, dloss_t, input_t, linear_weight_t, linear_bias_t, target_t, *_):
+        dloss, *tensors, divisor = ctx.saved_tensors
+        tangents = input_t, linear_weight_t, linear_bias_t
+        changes = gradients_along(dloss, tensors, divisor, tangents, target_t, ctx.options)
+        if dloss_t is not None:
+            more = _linear_cross_entropy_backward(dloss_t, *tensors, divisor, *ctx.options, ctx.needs)
+            changes = [t + m if needed else t for t, m, needed in zip(changes, more, ctx.needs, strict=True)]
+        return tuple(t if needed else tensors[0].new_zeros(0) for t, needed in zip(changes, ctx.needs, strict=True))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return looped(_linear_cross_entropy_backward, info, in_dims, args)
+
+
+_linear_cross_entropy = differentiable(_forward, LinearCrossEntropy)
+_linear_cross_entropy_backward = differentiable(_backward, LinearCrossEntropyBackward)
+
+
+def linear_cross_entropy(
+    input,
+    linear_weight,
+    target,
+    *,
+    linear_bias=None,
+    weight=None,
+    reduction="mean",
+    ignore_index=None,
+    label_smoothing=0.0,
+    options=None,
+    chunk_size=None,
+    z_loss=0.0,
+    softcap=None,
+):
+    """`cross_entropy(linear(input, linear_weight, linear_bias), target)` without holding all the logits: a drop-in for
+    `torch.nn.functional.linear_cross_entropy` (torch 2.13), exact, with every derivative.
+
+    Args:
+        input: (H,) or (N, H); float32, float64, float16 or bfloat16.
+        linear_weight: (C, H) or, for D = d1·d2·... losses an example, (C, d1, ..., H). Its gradient is summed in
+            float32 for 16-bit types.
+        target: class indices, (), (N,) or (N, d1, ...); or class probabilities, (C,), (N, C) or (N, C, d1, ...).
+        linear_bias: (C,) or (C, d1, ...).
+        weight, reduction, label_smoothing, z_loss, softcap: as in `cross_entropy`.
+        ignore_index: as in `cross_entropy`; None is -100. Refused beside class probabilities.
+        options: PyTorch's `LinearCrossEntropyOptions`. Its `batch_chunk_size` serves as `chunk_size`; its other fields
+            choose what PyTorch's own op gives up, and change nothing here.
+        chunk_size: how many rows of `input` have their logits in memory at a time. The default, a quarter of H and at
+            least 128, makes them small beside `linear_weight` and still keeps the matrix products efficient.
+
+    Returns:
+        The loss, in nats: () or, for "none", of the shape of class indices; of the dtype of `input` or, under autocast
+        (which casts input, linear_weight and linear_bias), float32.
+
+    Raises:
+        IndexError, ValueError, RuntimeError: as `cross_entropy`; RuntimeError for shapes of the linear layer that don't
+            fit together; ValueError for a chunk_size below 1.
+
+    Source: derived at the head of `fused_ops/ops/linear_cross_entropy.py`.
+    """
+    if chunk_size is None and options is not None:
+        chunk_size = options.batch_chunk_size
+    shape = _check(input, linear_weight, target, linear_bias, ignore_index, chunk_size)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if autocast := is_autocast_enabled(input.device):
+        input, linear_weight, linear_bias = map(_autocast, (input, linear_weight, linear_bias))
+    check_loss(shape, input.dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
+
+    dtype, (C, *_, H) = input.dtype, linear_weight.shape
+    W = linear_weight.reshape(C, -1, H).transpose(0, 1).reshape(-1, H)  # (D·C, H): the C classes of a loss side by side
+    b = None if linear_bias is None else linear_bias.reshape(C, -1).t().reshape(-1)  # (D·C)
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+        y = as_rows(target).to(dtype)  # (N·D, C)
+    else:
+        y = target.reshape(-1).long()  # (N·D)
+    x = input.reshape(-1, H)  # (N, H)
+    now = _in_forward_pass(reduction)
+    needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
+    settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or max(128, H // 4)
+    loss, *_ = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
+    loss = loss if autocast else loss.to(dtype)
+    return loss.reshape(without_classes(shape)) if reduction == "none" else loss
+
+
+def _in_forward_pass(reduction):
+    """Whether the gradients can be made in the forward pass: there will be one number to multiply them by, and nothing
+    that would differentiate or batch the pass itself."""
+    return reduction != "none" and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
+def _autocast(t):
+    if t is None or t.dtype == torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
+
+
+def _check(input, linear_weight, target, linear_bias, ignore_index, chunk_size):
+    """Refuse what PyTorch refuses, in its words. Returns the shape of the logits, (C,), (N, C) or (N, C, d1, ...)."""
+    if input.dim() not in (1, 2):
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
+            f"(N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+        )
+    shape = input.shape[:-1] + linear_weight.shape[:-1]
+    if target.shape == shape and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, but got {chunk_size}")
+    return shape
