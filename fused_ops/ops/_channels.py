@@ -13,8 +13,8 @@ def per_channel(v, x):
 
 
 def mean_of_channels(x):
-    """(C, 1, ...)."""
-    return x.mean(all_but_channels(x))[(...,) + (None,) * (x.dim() - 2)]
+    """Of each channel, (1, C, 1, ...)."""
+    return x.mean(all_but_channels(x), keepdim=True)
 
 
 def gain(weight, x):

@@ -28,7 +28,7 @@ class Point:
         x = input.to(mean.dtype)  # (N, C, ...)
         if training:
             centred = x - mean_of_channels(x)  # (N, C, ...)
-            self.r = (mean_of_channels(centred.square()) + eps) ** -0.5  # (C, 1, ...)
+            self.r = (mean_of_channels(centred.square()) + eps) ** -0.5  # (1, C, 1, ...)
         else:
             centred = x - per_channel(mean, x)  # (N, C, ...)
             self.r = per_channel(rstd, x)  # (C, 1, ...)
@@ -97,7 +97,7 @@ def gradients_along(point, dy, dy_t, x_t, weight_t, bias_t, residual_t):
     if weight_t is not None:
         dx_t = dx_t + gain(weight_t, x_hat) * r * point.projected(dz)  # (N, C, ...)
     if point.training:
-        r_t = -r.square() * mean_of_channels(x_hat * x_t)  # (C, 1, ...)
+        r_t = -r.square() * mean_of_channels(x_hat * x_t)  # (1, C, 1, ...)
         through_x_hat = x_hat_t * mean_of_channels(dz * x_hat) + x_hat * mean_of_channels(dz * x_hat_t)  # (N, C, ...)
         dx_t = dx_t + point.gain * (r_t * point.projected(dz) - r * through_x_hat)  # (N, C, ...)
     dweight_t = (dz_t * x_hat + dz * x_hat_t).sum(all_but_channels(x_hat))  # (C)
