@@ -31,7 +31,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         momentum, averages = self.momentum or 0.0, False
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            averages = self.momentum is None  # then the running statistics are the plain mean over all batches so far
+            # without a momentum the running statistics are the plain mean over all batches so far
+            averages = self.momentum is None and mean is not None
         if averages:
             mean, var, momentum = mean.clone(), var.clone(), 1.0  # to take this batch's own
         y = F.batch_norm(

@@ -377,7 +377,7 @@ def batch_norm_cases():
     case("channels-last-one-channel", (3, 1, 4, 5), view=lambda x: x.to(memory_format=last))
     case("channels-last-sliced", (2, 6, 4, 5), view=lambda x: x.to(memory_format=last)[:, ::2])
 
-    # more than one tile each way: see Tiling in csrc/cpu/batch_norm.cpp
+    # more than one tile each way: see Tiling in csrc/cpu/tiles.h
     case("tiles-rows", (70, 1100), gradcheck=False)
     case("tiles-many-rows", (20000, 3), gradcheck=False)
     case("tiles-planes", (3, 5, 150, 151), gradcheck=False)
@@ -415,7 +415,7 @@ def batch_norm_cases():
     )
     case("relu-residual-mixed", (9, 5), mixed=True, gradcheck=False, activation="relu", residual=same)
     case("silu-empty", (0, 3), activation="silu", residual=same)
-    # several strips to a tile: see kStrip in csrc/cpu/batch_norm.cpp
+    # several strips to a tile: see kStrip in csrc/cpu/tiles.h
     case("strips-rows", (70, 600), gradcheck=False, activation="tanh", **strided)
     case("strips-planes", (2, 3, 50, 51), gradcheck=False, activation="gelu", residual=same)
     case("strips-small-planes", (9, 300, 9), gradcheck=False, activation="silu", residual=same)
