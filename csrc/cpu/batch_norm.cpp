@@ -207,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
                                                       std::optional<Tensor> residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
   STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics must be defined in evaluation mode");
-  const bool channels_last = !input.is_contiguous() && is_channels_last(input);
-  input = channels_last ? input : torch::stable::contiguous(input);
+  const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
+  input = dense(input, channels_last);
   if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
   const Tiling tiling(layout_of(input, channels_last));
   const int64_t C = tiling.layout.channels, N = tiling.layout.outer * tiling.layout.inner;
@@ -259,8 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
                                                                std::optional<std::string> activation, bool needs_input,
                                                                bool needs_parameters, bool needs_residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
-  const bool channels_last = !input.is_contiguous() && is_channels_last(input);
-  input = channels_last ? input : torch::stable::contiguous(input);
+  const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
+  input = dense(input, channels_last);
   dy = in_layout_of(input, channels_last, dy, "dy");
   if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
   const Tiling tiling(layout_of(input, channels_last));

@@ -138,6 +138,26 @@ inline bool is_channels_last(const Tensor& x) {
   return has_stride(0) && ok;
 }
 
+// Whether the strides of x have the order of channels_last, with gaps or without: then PyTorch's outputs have it, too.
+inline bool is_like_channels_last(const Tensor& x) {
+  if (x.dim() < 4 || x.dim() > 5 || x.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    const int64_t d = i == 0 ? 1 : (i == x.dim() - 1 ? 0 : x.dim() - i);  // the channels, the positions, the batch
+    if (x.size(d) == 0 || x.stride(d) < least || (d == 0 && least == x.stride(1))) return false;
+    least = x.stride(d) * std::max<int64_t>(1, x.size(d));
+  }
+  return true;
+}
+
+// x itself where it is dense, else a dense copy.
+inline Tensor dense(const Tensor& x, bool channels_last) {
+  if (!channels_last) return torch::stable::contiguous(x);
+  if (is_channels_last(x)) return x;
+  Tensor copied = torch::stable::empty_like(x);  // which keeps the order of the strides
+  return torch::stable::copy_(copied, x);
+}
+
 inline Layout layout_of(const Tensor& x, bool channels_last) {
   const int64_t N = x.size(0), C = x.size(1), per_channel = C ? x.numel() / C : 0;
   if (per_channel == 0) return {0, C, 0};
