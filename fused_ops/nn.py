@@ -5,43 +5,65 @@ import math
 import torch
 
 from fused_ops import functional as F
+from fused_ops.ops._activations import check_activation
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
-    """What `BatchNorm1d/2d/3d` share: which statistics to use, and how far the running ones move."""
+    """What `BatchNorm1d/2d/3d` share: which statistics to use, and how far the running ones move.
 
-    def forward(self, input):
+    `activation` is that of `fused_ops.functional.batch_norm`, and so is the `residual` that `forward` takes.
+    """
+
+    def __init__(self, *args, activation=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_activation(activation)
+        self.activation = activation
+
+    def extra_repr(self):
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+    def forward(self, input, residual=None):
         self._check_input_dim(input)
-        momentum = self.momentum
+        tracks = self.track_running_stats or not self.training
+        mean, var = (self.running_mean, self.running_var) if tracks else (None, None)
+        momentum, averages = self.momentum or 0.0, False
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if momentum is None:  # then the running statistics are the plain mean over all batches so far
-                momentum = 1 / self.num_batches_tracked.item()
-        tracks = self.track_running_stats or not self.training
-        return F.batch_norm(
+            # without a momentum the running statistics are the plain mean over all batches so far
+            averages = self.momentum is None and mean is not None
+        if averages:
+            mean, var, momentum = mean.clone(), var.clone(), 1.0  # to take this batch's own
+        y = F.batch_norm(
             input,
-            self.running_mean if tracks else None,
-            self.running_var if tracks else None,
+            mean,
+            var,
             self.weight,
             self.bias,
-            self.training or self.running_mean is None,
-            momentum or 0.0,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
             self.eps,
+            activation=self.activation,
+            residual=residual,
         )
+        if averages:
+            share = self.num_batches_tracked.to(mean.dtype).reciprocal()
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(var, share)
+        return y
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` (same arguments) on the fused op: input (N, C) or (N, C, L)."""
+    """`torch.nn.BatchNorm1d` (same arguments, and `activation`) on the fused op: input (N, C) or (N, C, L)."""
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` (same arguments) on the fused op: input (N, C, H, W)."""
+    """`torch.nn.BatchNorm2d` (same arguments, and `activation`) on the fused op: input (N, C, H, W)."""
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` (same arguments) on the fused op: input (N, C, D, H, W)."""
+    """`torch.nn.BatchNorm3d` (same arguments, and `activation`) on the fused op: input (N, C, D, H, W)."""
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -306,11 +306,21 @@ def linear_cross_entropy_cases():
 # --------------------------------------------------------------------------------------------------------- batch norm
 
 
+def composed_batch_norm(*args, activation=None, residual=None, **kwargs):
+    """What PyTorch takes three functions for."""
+    y = torch.nn.functional.batch_norm(*args, **kwargs)
+    y = y if residual is None else y + residual
+    return y if activation is None else getattr(torch.nn.functional, activation)(y)
+
+
 def batch_norm_cases():
     cases = {}
 
-    def case(name, shape, gradcheck=True, view=None, training=True, mixed=False, **changed):
-        """A batch norm of this shape; `view` changes the strides of the input, `changed` replaces arguments."""
+    def case(name, shape, gradcheck=True, view=None, training=True, mixed=False, residual=None, **changed):
+        """A batch norm of this shape; `view` changes the strides of the input, `changed` replaces arguments.
+
+        `residual` makes the residual from a tensor that has the values of one and is contiguous.
+        """
 
         def build(dtype, device):
             make = Maker(name, dtype, device)
@@ -326,6 +336,8 @@ def batch_norm_cases():
                 "bias": make(C, **learnt),
                 "training": training,
             }
+            if residual is not None:
+                arguments["residual"] = leaf(residual(make(*x.shape)))
             return Sample((x,), {**arguments, **changed})
 
         cases[name] = Case(build, gradcheck)
@@ -365,7 +377,7 @@ def batch_norm_cases():
     case("channels-last-one-channel", (3, 1, 4, 5), view=lambda x: x.to(memory_format=last))
     case("channels-last-sliced", (2, 6, 4, 5), view=lambda x: x.to(memory_format=last)[:, ::2])
 
-    # more than one tile each way: see Tiling in csrc/cpu/batch_norm.cpp
+    # more than one tile each way: see Tiling in csrc/cpu/tiles.h
     case("tiles-rows", (70, 1100), gradcheck=False)
     case("tiles-many-rows", (20000, 3), gradcheck=False)
     case("tiles-planes", (3, 5, 150, 151), gradcheck=False)
@@ -376,6 +388,37 @@ def batch_norm_cases():
     for training in (True, False):
         suffix = "training" if training else "evaluation"
         case(f"mixed-{suffix}", (9, 5), training=training, mixed=True, gradcheck=False)
+
+    # what follows the affine part
+    def same(r):
+        return r
+
+    activations = ("relu", "leaky_relu", "tanh", "gelu", "silu")
+    for activation, adds, training in itertools.product((None, *activations), (False, True), (True, False)):
+        name = f"{activation}{'-residual' * adds}-{'training' if training else 'evaluation'}"
+        if activation or adds:
+            case(name, (4, 3, 2), training=training, activation=activation, residual=same if adds else None)
+    strided = {"residual": lambda r: r.transpose(0, 1).contiguous().transpose(0, 1)}
+    case("tanh-residual-no-affine", (5, 3), activation="tanh", residual=same, weight=None, bias=None)
+    case("silu-weight-only", (5, 3), activation="silu", bias=None)
+    case("gelu-residual-bias-only-evaluation", (5, 3), False, activation="gelu", weight=None, training=False, **strided)
+    case("residual-expanded", (5, 3, 4), gradcheck=False, residual=lambda r: r[:1].expand(5, 3, 4))
+    case("tanh-residual-transposed", (5, 3), activation="tanh", **strided)
+    case("silu-residual-transposed-input", (3, 5), view=lambda x: x.t(), activation="silu", residual=same)
+    case("gelu-residual-channels-last", (2, 3, 4, 5), activation="gelu", residual=lambda r: r.to(memory_format=last))
+    case(
+        "tanh-channels-last-residual",
+        (2, 3, 4, 5),
+        view=lambda x: x.to(memory_format=last),
+        activation="tanh",
+        residual=same,
+    )
+    case("relu-residual-mixed", (9, 5), mixed=True, gradcheck=False, activation="relu", residual=same)
+    case("silu-empty", (0, 3), activation="silu", residual=same)
+    # several strips to a tile: see kStrip in csrc/cpu/tiles.h
+    case("strips-rows", (70, 600), gradcheck=False, activation="tanh", **strided)
+    case("strips-planes", (2, 3, 50, 51), gradcheck=False, activation="gelu", residual=same)
+    case("strips-small-planes", (9, 300, 9), gradcheck=False, activation="silu", residual=same)
     return cases
 
 
@@ -384,5 +427,5 @@ OPS = {
     "linear_cross_entropy": Op(
         fused_ops.functional.linear_cross_entropy, torch_linear_cross_entropy, linear_cross_entropy_cases()
     ),
-    "batch_norm": Op(fused_ops.functional.batch_norm, torch.nn.functional.batch_norm, batch_norm_cases()),
+    "batch_norm": Op(fused_ops.functional.batch_norm, composed_batch_norm, batch_norm_cases()),
 }

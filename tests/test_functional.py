@@ -1,20 +1,24 @@
 """What the samples don't show: errors, options of the package, and what is refused rather than got wrong."""
 
+import itertools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from samples import composed_batch_norm
 
 import fused_ops
 import fused_ops.functional as F
+from fused_ops._op import REFERENCES
 
 LOGITS = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75]])
 TARGET = torch.tensor([2, 0])
 X = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.25, -0.75], [2.5, 1.25, 0.75]])
 STATISTICS = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.9, 1.1, 1.2])
 NAMED = {"input": LOGITS, "target": TARGET}
+BATCH_STATISTICS = {"running_mean": None, "running_var": None, "training": True}
 
 REFUSED = [
     ("cross_entropy", {**NAMED, "target": TARGET.int()}),
@@ -37,6 +41,13 @@ REFUSED = [
     ("batch_norm", {"input": X, "running_mean": STATISTICS[0][:2], "running_var": STATISTICS[1]}),
     ("batch_norm", {"input": X, "running_mean": None, "running_var": None, "training": True, "weight": X[0, :2]}),
     ("batch_norm", {"input": X, "running_mean": None, "running_var": None, "training": True, "bias": X[0].double()}),
+    ("batch_norm", {"input": X, **BATCH_STATISTICS, "momentum": None}),
+    ("batch_norm", {"input": X, "running_mean": X[0], "running_var": X[0].clone().requires_grad_()}),
+    ("batch_norm", {"input": X, "running_mean": X[0], "running_var": X[0], "eps": -1.0}),
+    ("batch_norm", {"input": X[:1, :0], **BATCH_STATISTICS}),
+    # float32 beside a 16-bit input: all or none
+    ("batch_norm", {"input": X.bfloat16(), **BATCH_STATISTICS, "weight": X[0], "bias": X[0].bfloat16()}),
+    ("batch_norm", {"input": X.half(), "running_mean": X[0].half(), "running_var": X[0].half(), "weight": X[0]}),
 ]
 
 
@@ -54,6 +65,31 @@ def test_refuses_integers(arguments):
     arguments = arguments if "target" in arguments else {**arguments, "running_var": X[0]}
     with pytest.raises(RuntimeError, match="floating point"):
         function(**arguments)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0), (2, 3, 0)])
+def test_batch_norm_takes_empty_inputs_as_torch_does(shape, training):
+    """In evaluation even without statistics, and in training without a mean; even where there is no channel."""
+    x = torch.empty(shape, requires_grad=True)
+    ours, theirs = (f.batch_norm(x, None, None, training=training) for f in (F, torch.nn.functional))
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+    (dx,) = torch.autograd.grad(ours, x, torch.empty(shape))
+    assert dx.shape == shape
+    assert F.batch_norm(x, None, None, training=training, activation="silu", residual=x).shape == shape
+
+
+@pytest.mark.parametrize(
+    "residual", [X[:2], X[0], X.double(), X[:, :, None]], ids=lambda r: f"{r.dtype}{list(r.shape)}"
+)
+def test_batch_norm_refuses_a_residual_unlike_the_input(residual):
+    with pytest.raises(RuntimeError, match="residual should have the shape and dtype"):
+        F.batch_norm(X, **BATCH_STATISTICS, residual=residual)
+
+
+def test_batch_norm_refuses_an_unknown_activation():
+    with pytest.raises(ValueError, match="one of relu, leaky_relu, tanh, gelu, silu, but got 'softplus'"):
+        F.batch_norm(X, **BATCH_STATISTICS, activation="softplus")
 
 
 @pytest.mark.parametrize("index", [3, -1, -101, 2**40])
@@ -76,6 +112,7 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
     stats, scalar = torch.zeros(2, 2), torch.tensor(1.0)
     options = -100, "mean", 0.0, 0.0, None
     backward, square = (*options, True, False), torch.tensor([0, 1, 0])
+    needed = True, 1e-5, "tanh", True, True, True
     calls = [
         (ops.cross_entropy_forward, (LOGITS, TARGET[:1], None, *options)),
         (ops.cross_entropy_forward, (LOGITS, TARGET, X[0, :2], *options)),
@@ -91,13 +128,18 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
         (ops.cross_entropy_backward, (scalar, LOGITS, TARGET, None, stats[:1], scalar, *backward)),
         (ops.cross_entropy_backward, (scalar, LOGITS, TARGET, None, stats, X[0], *backward)),
         (ops.cross_entropy_backward, (X[0], LOGITS, TARGET, None, stats, scalar, *backward)),
-        (ops.batch_norm_forward, (X[0], None, None, None, None, True, 0.1, 1e-5)),
-        (ops.batch_norm_forward, (X, None, None, None, None, False, 0.1, 1e-5)),
-        (ops.batch_norm_forward, (X, None, None, X[0, :2], None, True, 0.1, 1e-5)),
-        (ops.batch_norm_forward, (X, X[0, :2], X[0], None, None, True, 0.1, 1e-5)),
-        (ops.batch_norm_backward, (X[:2], X, None, X[0], X[0], True, 1e-5)),
-        (ops.batch_norm_backward, (X, X, None, X[0, :2], X[0], True, 1e-5)),
-        (ops.batch_norm_backward, (X.double(), X, None, X[0], X[0], True, 1e-5)),
+        (ops.batch_norm_forward, (X[0], None, None, None, None, True, 0.1, 1e-5, None, None)),
+        (ops.batch_norm_forward, (X, None, None, None, None, False, 0.1, 1e-5, None, None)),
+        (ops.batch_norm_forward, (X, None, None, X[0, :2], None, True, 0.1, 1e-5, None, None)),
+        (ops.batch_norm_forward, (X, X[0, :2], X[0], None, None, True, 0.1, 1e-5, None, None)),
+        (ops.batch_norm_forward, (X, None, None, None, None, True, 0.1, 1e-5, "softplus", None)),
+        (ops.batch_norm_forward, (X, None, None, None, None, True, 0.1, 1e-5, None, X[:2])),
+        (ops.batch_norm_forward, (X, None, None, None, None, True, 0.1, 1e-5, None, X.double())),
+        (ops.batch_norm_backward, (X[:2], X, None, None, None, X[0], X[0], *needed)),
+        (ops.batch_norm_backward, (X, X, None, None, None, X[0, :2], X[0], *needed)),
+        (ops.batch_norm_backward, (X.double(), X, None, None, None, X[0], X[0], *needed)),
+        (ops.batch_norm_backward, (X, X, None, X[0, :2], None, X[0], X[0], *needed)),
+        (ops.batch_norm_backward, (X, X, None, None, X[:2], X[0], X[0], *needed)),
     ]
     for op, arguments in calls:
         with pytest.raises(RuntimeError):
@@ -111,6 +153,10 @@ def losses(F):
         "cross_entropy": lambda x: F.cross_entropy(x, torch.tensor([2, 0, 1]), label_smoothing=0.1),
         "cross_entropy probabilities": lambda x: F.cross_entropy(x, X.softmax(1).to(x)),
         "batch_norm": lambda x: F.batch_norm(x, None, None, training=True).sin().sum(),
+        "batch_norm residual": lambda x: F.batch_norm(x, **BATCH_STATISTICS, residual=x.sin()).sin().sum(),
+        "batch_norm gelu": lambda x: (
+            F.batch_norm(x, None, None, x[0], x[1], True, activation="gelu", residual=x.sin()).sin().sum()
+        ),
         "both": lambda x: F.cross_entropy(F.batch_norm(x, None, None, training=True), torch.tensor([2, 0, 1])),
     }
 
@@ -121,9 +167,12 @@ class WrittenOut:
     cross_entropy = staticmethod(torch.nn.functional.cross_entropy)
 
     @staticmethod
-    def batch_norm(x, running_mean, running_var, training):
+    def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=True, activation=None, residual=None):
         centred = x - x.mean(0)
-        return centred * (centred.square().mean(0) + 1e-5) ** -0.5
+        z = centred * (centred.square().mean(0) + 1e-5) ** -0.5
+        z = z if weight is None else weight * z + bias
+        z = z if residual is None else z + residual
+        return z if activation is None else getattr(torch.nn.functional, activation)(z)
 
 
 LOSSES, EXPECTED = losses(F), losses(WrittenOut)
@@ -168,26 +217,30 @@ def test_per_sample_gradients():
     torch.testing.assert_close(per_sample(F), per_sample(torch.nn.functional))
 
 
+@pytest.mark.parametrize("activation", [None, "tanh"])
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_norm_under_vmap(training):
-    """Gradients, and gradients of gradients, of each batch in a batch of batches; with one weight for all, and a bias
-    for each."""
+def test_batch_norm_under_vmap(training, activation):
+    """Gradients, and gradients of gradients, of each batch in a batch of batches; with one weight and one residual for
+    all, and a bias for each."""
     batches = torch.stack([X, X.sin(), X.cos() * 2]).double()
     biases = batches[:, 0].clone()
+    args = batches, X[1].double(), biases, X.double().sin()
     statistics = (None, None) if training else tuple(t.double() for t in STATISTICS)
 
-    def derivatives(F):
-        def loss(x, weight, bias):
-            return F.batch_norm(x, *statistics, weight, bias, training).sin().sum()
+    def derivatives(batch_norm):
+        def loss(x, weight, bias, residual):
+            y = batch_norm(x, *statistics, weight, bias, training, activation=activation, residual=residual)
+            return y.sin().sum()
 
         def gradient_norm(*args):
-            return sum(g.square().sum() for g in torch.func.grad(loss, argnums=(0, 1, 2))(*args))
+            return sum(g.square().sum() for g in torch.func.grad(loss, argnums=(0, 1, 2, 3))(*args))
 
-        first = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims=(0, None, 0))
-        second = torch.func.vmap(torch.func.grad(gradient_norm, argnums=(0, 1, 2)), in_dims=(0, None, 0))
-        return first(batches, X[1].double(), biases), second(batches, X[1].double(), biases)
+        in_dims = (0, None, 0, None)
+        first = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)), in_dims)
+        second = torch.func.vmap(torch.func.grad(gradient_norm, argnums=(0, 1, 2, 3)), in_dims)
+        return first(*args), second(*args)
 
-    torch.testing.assert_close(derivatives(F), derivatives(torch.nn.functional))
+    torch.testing.assert_close(derivatives(F.batch_norm), derivatives(composed_batch_norm))
 
 
 def test_batch_norm_under_vmap_moves_no_statistics():
@@ -232,6 +285,62 @@ def test_only_asked_for_gradients_come_back():
     assert not F.batch_norm(x, None, None, training=True).requires_grad
 
 
+NEEDS = list(itertools.product((True, False), repeat=3))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_backward_does_what_is_asked_for(training, activation):
+    """Each gradient is the same whatever else is asked for; what is not comes back empty, from kernel and reference."""
+    op = torch.ops.fused_ops.batch_norm_backward.default
+    args = X.cos(), X, X[0], X[1], X.sin(), *STATISTICS, training, 1e-5, activation
+    everything = op(*args, True, True, True)
+    for run, needs in itertools.product((op, REFERENCES[op]), NEEDS):
+        needs_input, needs_parameters, needs_residual = needs
+        needs_residual = needs_residual and activation is not None  # it is dy otherwise, and the op need not copy it
+        needed = needs_input, needs_parameters, needs_parameters, needs_residual
+        for ours, expected, asked in zip(run(*args, *needs), everything, needed, strict=True):
+            torch.testing.assert_close(ours, expected if asked else expected.new_empty(0))
+
+
+@pytest.mark.parametrize("activation", [None, "tanh"])
+@pytest.mark.parametrize("needs", NEEDS)
+def test_batch_norm_asks_for_the_gradients_it_needs(needs, activation, monkeypatch):
+    asked = []
+    backward = torch.ops.fused_ops.batch_norm_backward.default
+    reference = REFERENCES[backward]
+    monkeypatch.setitem(REFERENCES, backward, lambda *args: asked.append(args[-3:]) or reference(*args))
+    x, weight, residual = (t.clone().requires_grad_(n) for t, n in zip((X, X[0], X.sin()), needs, strict=True))
+    out = F.batch_norm(x, *STATISTICS, weight, activation=activation, residual=residual)
+    assert out.requires_grad == any(needs)
+    if any(needs):
+        with fused_ops.reference_mode():
+            out.sum().backward()
+    needs_op = any(needs) if activation else any(needs[:2])
+    assert asked == ([(*needs[:2], needs[2] and activation is not None)] if needs_op else [])
+    assert [t.grad is not None for t in (x, weight, residual)] == list(needs)
+
+
+def saved_elements(function):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        function()
+    return sum(sizes)
+
+
+def test_batch_norm_keeps_only_what_its_backward_pass_needs():
+    """The input, the weight, mean and rstd; for an activation bias and residual, too, but no tensor for z or y."""
+    x, weight, bias, residual = (t.clone().requires_grad_() for t in (X, X[0], X[1], X.sin()))
+
+    def saved(**kwargs):
+        return saved_elements(lambda: F.batch_norm(x, None, None, weight, bias, True, **kwargs))
+
+    N, C = x.numel(), len(weight)
+    assert saved() == saved(residual=residual) == N + 3 * C
+    assert saved(activation="relu") == N + 4 * C
+    assert saved(activation="relu", residual=residual) == 2 * N + 4 * C
+
+
 def test_moving_the_running_statistics_tells_autograd():
     """A graph that still needs the statistics as they were must say so, not use the new ones."""
     mean, var = (t.clone() for t in STATISTICS)
@@ -274,9 +383,23 @@ def test_16_bit_conversions_round_as_torch_does():
         torch.testing.assert_close(narrowed, weight.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def test_reference_mode_runs_the_references(monkeypatch):
-    from fused_ops._op import REFERENCES
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "gelu", "silu"])
+def test_activations_are_accurate_everywhere(activation):
+    """Through an identity batch norm, from where they vanish to where they are the identity, and beyond."""
+    z = torch.linspace(-20, 20, 400001)
+    z = torch.cat((z, z * 1e-6, torch.tensor([-1e30, -1e4, -110.0, -88.5, 88.5, 110.0, 1e4, 1e30, torch.nan])))[:, None]
+    z.requires_grad_()
+    y = F.batch_norm(z, torch.zeros(1), torch.ones(1), eps=0.0, activation=activation)
+    exact = z.detach().double().requires_grad_()
+    expected = getattr(torch.nn.functional, activation)(exact)
+    for ours, truth in (
+        (y, expected),
+        [torch.autograd.grad(out.sum(), x)[0] for out, x in ((y, z), (expected, exact))],
+    ):
+        torch.testing.assert_close(ours.double(), truth, rtol=4e-7, atol=1e-6, equal_nan=True)
 
+
+def test_reference_mode_runs_the_references(monkeypatch):
     called = []
     for op, reference in REFERENCES.items():
         monkeypatch.setitem(REFERENCES, op, lambda *args, f=reference: called.append(f.__name__) or f(*args))

@@ -64,6 +64,92 @@ def test_batch_norm_checks_its_input(name, shape):
         getattr(fused_ops.nn, name)(4)(torch.randn(shape))
 
 
+def test_batch_norm_with_an_activation():
+    """The activation is an option of the module: it shows in its repr, and neither it nor the residual is state."""
+    plain, ours = fused_ops.nn.BatchNorm1d(4), fused_ops.nn.BatchNorm1d(4, activation="tanh")
+    assert repr(plain) == repr(torch.nn.BatchNorm1d(4))
+    assert repr(ours) == repr(plain)[:-1] + ", activation='tanh')"
+    theirs = torch.nn.BatchNorm1d(4)
+    theirs.load_state_dict(scramble(ours).state_dict(), strict=True)
+    x, residual = torch.randn(6, 4), torch.randn(6, 4)
+    assert_close(ours(x, residual), torch.tanh(theirs(x) + residual))
+    assert_close(ours(x), torch.tanh(theirs(x)))
+    assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+    with pytest.raises(ValueError, match="activation must be None or one of"):
+        fused_ops.nn.BatchNorm2d(4, activation="softplus")
+
+
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # torch.compile does
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_training_batch_norm_compiles_without_graph_breaks(dynamic, momentum):
+    """With running statistics, which a compiled module moves as it should."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    ours = scramble(fused_ops.nn.BatchNorm1d(4, momentum=momentum, activation="gelu"))
+    theirs = torch.nn.BatchNorm1d(4, momentum=momentum)
+    theirs.load_state_dict(ours.state_dict())
+    compiled = torch.compile(ours, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for N in (5, 6 if dynamic else 5, 7 if dynamic else 5):
+        x, residual = torch.randn(N, 4, requires_grad=True), torch.randn(N, 4, requires_grad=True)
+        outs = compiled(x, residual), torch.nn.functional.gelu(theirs(x) + residual)
+        assert_close(*outs)
+        grads = (
+            torch.autograd.grad(out.sin().sum(), (x, residual, *module.parameters()))
+            for out, module in zip(outs, (ours, theirs), strict=True)
+        )
+        assert_close(*grads)
+        assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_can_be_exported(training):
+    ours = scramble(fused_ops.nn.BatchNorm1d(4, activation="silu")).train(training)
+    theirs = torch.nn.BatchNorm1d(4).train(training)
+    theirs.load_state_dict(ours.state_dict())
+    batch = {0: torch.export.Dim("N", min=2)}
+    x, residual = torch.randn(5, 4), torch.randn(5, 4)
+    exported = torch.export.export(ours, (x, residual), dynamic_shapes={"input": batch, "residual": batch}).module()
+    for N in (5, 9):
+        x, residual = torch.randn(N, 4), torch.randn(N, 4)
+        assert_close(exported(x, residual), torch.nn.functional.silu(theirs(x) + residual))
+        assert_close(dict(exported.state_dict()), dict(theirs.state_dict()))
+
+
+def test_batch_norm_under_autocast_runs_in_the_dtype_of_its_input():
+    ours, theirs, linear = (
+        fused_ops.nn.BatchNorm1d(4, activation="relu"),
+        torch.nn.BatchNorm1d(4),
+        torch.nn.Linear(4, 4),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = linear(torch.randn(6, 4))
+        y, expected = ours(h), torch.relu(theirs(h))
+    assert y.dtype == h.dtype == torch.bfloat16
+    assert_close(y, expected)
+    assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+    y.sum().backward()
+    assert ours.weight.grad.dtype == torch.float32
+
+
+def test_batch_norm_without_values_or_without_autograd():
+    """On meta tensors, with the strides that real ones would have; in inference mode; with deterministic algorithms."""
+    module = fused_ops.nn.BatchNorm2d(3, device="meta", activation="tanh")
+    x = torch.empty(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last).requires_grad_()
+    y = module(x)
+    y.sum().backward()
+    assert y.stride() == x.grad.stride() == x.stride()
+    assert module.weight.grad.shape == (3,)
+    module = fused_ops.nn.BatchNorm1d(4, activation="tanh")
+    with torch.inference_mode():
+        assert module(torch.randn(6, 4), torch.randn(6, 4)).is_inference()
+    try:
+        torch.use_deterministic_algorithms(True)
+        module(torch.randn(6, 4)).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("loads", ["ours", "theirs"])
 def test_cross_entropy_loss_is_a_drop_in(loads):
     weight = torch.tensor([0.5, 1.5, 2.0, 0.25])
@@ -81,7 +167,9 @@ def test_cross_entropy_loss_is_a_drop_in(loads):
     assert_close(*(torch.autograd.grad(loss, x)[0] for loss, x in zip(losses, xs, strict=True)))
 
 
-@pytest.mark.parametrize("module", [fused_ops.nn.BatchNorm2d(3), fused_ops.nn.CrossEntropyLoss(torch.rand(3) + 0.5)])
+@pytest.mark.parametrize(
+    "module", [fused_ops.nn.BatchNorm2d(3, activation="gelu"), fused_ops.nn.CrossEntropyLoss(torch.rand(3) + 0.5)]
+)
 def test_modules_can_be_copied_and_saved(module):
     scramble(module)
     file = io.BytesIO()
@@ -90,6 +178,7 @@ def test_modules_can_be_copied_and_saved(module):
     others = copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)
     for other in others:
         assert type(other) is type(module)
+        assert repr(other) == repr(module)
         assert_close(dict(other.state_dict()), dict(module.state_dict()))
 
 

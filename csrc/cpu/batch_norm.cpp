@@ -1,164 +1,156 @@
 // Batch normalisation. Derivation and names: fused_ops/ops/batch_norm.py.
 //
-// A tensor is cut into tiles that stay in cache, a range of the batch by a range of channels. Statistics are taken tile
-// by tile in two passes (mean, then squared distances), so memory is read once, and merged in the order of the tiles:
-// the result does not depend on the number of threads.
+// A tensor is cut into tiles that stay in cache (tiles.h). Statistics are taken tile by tile in two passes (mean, then
+// squared distances), so memory is read once, and merged in the order of the tiles: the result does not depend on the
+// number of threads.
 #include <algorithm>
 #include <limits>
+#include <string>
 #include <vector>
 
+#include "../activations.h"
 #include "../checks.h"
-#include "vectorize.h"
+#include "tiles.h"
 
 namespace fused_ops {
 namespace {
 
-// x[o][c][i] in memory: (N, C, positions), or (N·positions, C, 1) where channels come last.
-struct Layout {
-  int64_t outer, channels, inner;
-};
-
-// A range of the outer dimension by a range of channels.
-struct Tile {
-  int64_t o_begin, o_end, c_begin, c_end;
-};
-
-struct Tiling {
-  static constexpr int64_t kElements = 16384;  // of a tile: 64 KiB of float32
-  Layout layout;
-  int64_t c_size, o_size, c_count, o_count;
-
-  explicit Tiling(Layout l) : layout(l) {
-    const int64_t channels = std::max<int64_t>(1, l.channels), inner = std::max<int64_t>(1, l.inner);
-    c_size = std::min(channels, inner == 1 ? 512 : std::max<int64_t>(1, kElements / inner));
-    o_size = std::max<int64_t>(1, kElements / (c_size * inner));
-    c_count = ceil_div(channels, c_size);
-    o_count = ceil_div(l.outer, o_size);
-  }
-
-  // Calls f(tile, o) for every tile, o being the tile's place along the outer dimension.
-  template <typename F>
-  void parallel(const F& f) const {
-    const int64_t grain =
-        std::max<int64_t>(1, kElementsPerTask / (c_size * o_size * std::max<int64_t>(1, layout.inner)));
-    torch::stable::parallel_for(0, o_count * c_count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t o = i / c_count, c = i % c_count;
-        f(Tile{o * o_size, std::min((o + 1) * o_size, layout.outer), c * c_size,
-               std::min((c + 1) * c_size, layout.channels)},
-          o);
-      }
-    });
-  }
-};
-
-// sums[c] += Σ value(c, index) over a tile. The inner loop runs along memory: over channels where they come last (then
-// sums is a vector), else over a channel's positions (then its sum is a scalar).
-template <typename Acc, typename Value>
-inline void add_up(const Layout& l, const Tile& t, Acc* sums, const Value& value) {
-  for (int64_t o = t.o_begin; o < t.o_end; ++o) {
-    if (l.inner == 1) {
-      const int64_t base = o * l.channels;
-#pragma omp simd
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) sums[c] += value(c, base + c);
-    } else {
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const int64_t base = (o * l.channels + c) * l.inner;
-        Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < l.inner; ++i) sum += value(c, base + i);
-        sums[c] += sum;
-      }
-    }
-  }
-}
-
-// out[index] = value(c, index) over a tile.
-template <typename T, typename Value>
-inline void write(const Layout& l, const Tile& t, T* out, const Value& value) {
-  for (int64_t o = t.o_begin; o < t.o_end; ++o) {
-    if (l.inner == 1) {
-      const int64_t base = o * l.channels;
-#pragma omp simd
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) out[base + c] = narrow<T>(value(c, base + c));
-    } else {
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const int64_t base = (o * l.channels + c) * l.inner;
-#pragma omp simd
-        for (int64_t i = 0; i < l.inner; ++i) out[base + i] = narrow<T>(value(c, base + i));
-      }
-    }
-  }
-}
-
 // Each channel's mean and sum of squared distances from it. The distances from the exact mean add up to zero; what
-// those from the rounded one add up to corrects both (Chan, Golub and LeVeque 1983). `residual` is scratch.
+// those from the rounded one add up to corrects both (Chan, Golub and LeVeque 1983). `distances` is scratch.
 template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* mean, Acc* m2, Acc* residual) {
+FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* mean, Acc* m2, Acc* distances) {
   const Acc count = static_cast<Acc>((t.o_end - t.o_begin) * l.inner);
-  add_up(l, t, mean, [=](int64_t, int64_t i) { return widen(x[i]); });
+  add_up(l, t, mean, distances, [=](int64_t, int64_t i, int64_t) { return Pair<Acc>{widen(x[i]), 0}; });
   for (int64_t c = t.c_begin; c < t.c_end; ++c) mean[c] /= count;
-  add_up(l, t, residual, [=](int64_t c, int64_t i) { return widen(x[i]) - mean[c]; });
-  add_up(l, t, m2, [=](int64_t c, int64_t i) {
+  add_up(l, t, distances, m2, [=](int64_t c, int64_t i, int64_t) {
     const Acc distance = widen(x[i]) - mean[c];
-    return distance * distance;
+    return Pair<Acc>{distance, distance * distance};
   });
   for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-    mean[c] += residual[c] / count;
-    const Acc corrected = m2[c] - residual[c] * residual[c] / count;
+    mean[c] += distances[c] / count;
+    const Acc corrected = m2[c] - distances[c] * distances[c] / count;
     m2[c] = corrected < 0 ? 0 : corrected;
   }
 }
 
-// y = (x − μ)·γr + β
-template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_forward(const Layout& l, const Tile& t, const T* x, const Acc* mean, const Acc* scale,
-                                       const Acc* bias, T* y) {
-  write(l, t, y, [=](int64_t c, int64_t i) { return (widen(x[i]) - mean[c]) * scale[c] + bias[c]; });
+// An activation and its derivative, each in place of n values of z. Both null: no activation.
+template <typename Acc>
+struct Activation {
+  void (*value)(Acc* z, int64_t n) = nullptr;
+  void (*derivative)(Acc* z, int64_t n) = nullptr;
+};
+
+template <typename A, typename Acc>
+FUSED_OPS_VECTORIZED void apply_value(Acc* z, int64_t n) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) z[k] = A::value(z[k]);
 }
 
-// Σ dy and Σ dy·x̂
-template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const T* dy, const T* x, const Acc* mean,
-                                    const Acc* rstd, Acc* dy_sum, Acc* dy_x_hat_sum) {
-  add_up(l, t, dy_sum, [=](int64_t, int64_t i) { return widen(dy[i]); });
-  add_up(l, t, dy_x_hat_sum, [=](int64_t c, int64_t i) { return widen(dy[i]) * ((widen(x[i]) - mean[c]) * rstd[c]); });
+template <typename A, typename Acc>
+FUSED_OPS_VECTORIZED void apply_derivative(Acc* z, int64_t n) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) z[k] = A::derivative(z[k]);
 }
 
-// dx = γr·(dy − mean(dy) − x̂·mean(dy·x̂)), in evaluation dx = γr·dy
+template <typename Acc>
+Activation<Acc> activation_of(const std::optional<std::string>& name) {
+  Activation<Acc> activation;
+  if (name) {
+    const bool known = dispatch_activation(*name, [&](auto a) {
+      using A = decltype(a);
+      activation = {apply_value<A, Acc>, apply_derivative<A, Acc>};
+    });
+    STD_TORCH_CHECK(known, "batch_norm: there is no activation ", *name);
+  }
+  return activation;
+}
+
+// What y = a(z) is made of, z = (x − μ)·γr + β + residual.
 template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const T* dy, const T* x, const Acc* mean,
-                                        const Acc* rstd, const Acc* scale, const Acc* dy_mean, const Acc* dy_x_hat_mean,
-                                        bool training, T* dx) {
-  if (training) {
-    write(l, t, dx, [=](int64_t c, int64_t i) {
-      const Acc x_hat = (widen(x[i]) - mean[c]) * rstd[c];
-      return scale[c] * (widen(dy[i]) - dy_mean[c] - x_hat * dy_x_hat_mean[c]);
+struct Forward {
+  const T* x;
+  const T* residual;  // or null
+  const Acc *mean, *rstd, *scale, *bias;
+  Activation<Acc> activation;
+};
+
+// z of a strip, into z[0], z[1], ...
+template <typename T, typename Acc = accumulate_t<T>>
+inline void strip_z(const Layout& l, const Tile& s, const Forward<T>& f, Acc* z) {
+  for_each(l, s, [x = f.x, mean = f.mean, scale = f.scale, bias = f.bias, z](int64_t c, int64_t i, int64_t k) {
+    z[k] = (widen(x[i]) - mean[c]) * scale[c] + bias[c];
+  });
+  if (f.residual)
+    for_each(l, s, [residual = f.residual, z](int64_t, int64_t i, int64_t k) { z[k] += widen(residual[i]); });
+}
+
+template <typename T, typename Acc = accumulate_t<T>>
+FUSED_OPS_VECTORIZED void tile_forward(const Layout& l, const Tile& t, const Forward<T>& f, T* y) {
+  if (f.activation.value || f.residual) {
+    alignas(64) Acc z[kStrip];
+    for_strips(l, t, [&](const Tile& s) {
+      strip_z(l, s, f, z);
+      if (f.activation.value) f.activation.value(z, s.size());
+      for_each(l, s, [z = &z[0], y](int64_t, int64_t i, int64_t k) { y[i] = narrow<T>(z[k]); });
     });
   } else {
-    write(l, t, dx, [=](int64_t c, int64_t i) { return scale[c] * widen(dy[i]); });
+    for_each(l, t, [x = f.x, mean = f.mean, scale = f.scale, bias = f.bias, y](int64_t c, int64_t i, int64_t) {
+      y[i] = narrow<T>((widen(x[i]) - mean[c]) * scale[c] + bias[c]);
+    });
   }
 }
 
-// Whether memory holds (N, positions..., C) without gaps, for the shapes that PyTorch has a channels_last format for.
-bool is_channels_last(const Tensor& x) {
-  if (x.dim() < 4 || x.dim() > 5) return false;
-  int64_t expected = 1;
-  const auto has_stride = [&](int64_t d) {
-    const bool ok = x.size(d) == 1 || x.stride(d) == expected;
-    expected *= x.size(d);
-    return ok;
-  };
-  bool ok = has_stride(1);
-  for (int64_t d = x.dim() - 1; d >= 2; --d) ok = has_stride(d) && ok;
-  return has_stride(0) && ok;
+// use(s, dz) for parts s of a tile, where dz(i, k) is dy·a'(z) of the k-th element, at index i: strips with an
+// activation, else the whole tile at once, where dz is dy.
+template <typename T, typename Use, typename Acc = accumulate_t<T>>
+inline void with_dz(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy, const Use& use) {
+  if (f.activation.derivative) {
+    alignas(64) Acc dz[kStrip];
+    for_strips(l, t, [&](const Tile& s) {
+      strip_z(l, s, f, dz);
+      f.activation.derivative(dz, s.size());
+      for_each(l, s, [dz = &dz[0], dy](int64_t, int64_t i, int64_t k) { dz[k] *= widen(dy[i]); });
+      use(s, [dz = &dz[0]](int64_t, int64_t k) { return dz[k]; });
+    });
+  } else {
+    use(t, [dy](int64_t i, int64_t) { return widen(dy[i]); });
+  }
 }
 
-Layout layout_of(const Tensor& x, bool channels_last) {
-  const int64_t N = x.size(0), C = x.size(1), per_channel = C ? x.numel() / C : 0;
-  if (per_channel == 0) return {0, C, 0};
-  if (channels_last) return {per_channel, C, 1};
-  return {N, C, per_channel / N};
+// Σ dz and Σ dz·x̂; and dz itself, unless `kept` is null
+template <typename T, typename Acc = accumulate_t<T>>
+FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy, Acc* dz_sum,
+                                    Acc* dz_x_hat_sum, T* kept) {
+  with_dz(l, t, f, dy, [&, x = f.x, mean = f.mean, rstd = f.rstd](const Tile& s, const auto& dz) {
+    if (kept) for_each(l, s, [=](int64_t, int64_t i, int64_t k) { kept[i] = narrow<T>(dz(i, k)); });
+    add_up(l, s, dz_sum, dz_x_hat_sum, [=](int64_t c, int64_t i, int64_t k) {
+      const Acc dz_k = dz(i, k);
+      return Pair<Acc>{dz_k, dz_k * ((widen(x[i]) - mean[c]) * rstd[c])};
+    });
+  });
+}
+
+// The means of dz and of dz·x̂ over a channel; null in evaluation, where dx does not depend on them.
+template <typename Acc>
+struct Means {
+  const Acc *dz, *dz_x_hat;
+};
+
+// dx = γr·(dz − mean(dz) − x̂·mean(dz·x̂)), in evaluation dx = γr·dz; and dresidual = dz. Null: not needed.
+template <typename T, typename Acc = accumulate_t<T>>
+FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy,
+                                        const Means<Acc>& means, T* dx, T* dresidual) {
+  with_dz(l, t, f, dy, [&, x = f.x, mean = f.mean, rstd = f.rstd, scale = f.scale](const Tile& s, const auto& dz) {
+    if (dresidual) for_each(l, s, [=](int64_t, int64_t i, int64_t k) { dresidual[i] = narrow<T>(dz(i, k)); });
+    if (dx && means.dz) {
+      for_each(l, s, [=, dz_mean = means.dz, dz_x_hat_mean = means.dz_x_hat](int64_t c, int64_t i, int64_t k) {
+        const Acc x_hat = (widen(x[i]) - mean[c]) * rstd[c];
+        dx[i] = narrow<T>(scale[c] * (dz(i, k) - dz_mean[c] - x_hat * dz_x_hat_mean[c]));
+      });
+    } else if (dx) {
+      for_each(l, s, [=](int64_t c, int64_t i, int64_t k) { dx[i] = narrow<T>(scale[c] * dz(i, k)); });
+    }
+  });
 }
 
 // A (C,) tensor's values in the accumulate type; `missing` where there is none.
@@ -189,9 +181,9 @@ template <typename T, typename Acc = accumulate_t<T>>
 std::vector<Acc> batch_statistics(const Tiling& tiling, const T* x, Acc* mean) {
   const Layout& l = tiling.layout;
   const int64_t C = l.channels;
-  std::vector<Acc> means(tiling.o_count * C), m2s(tiling.o_count * C), residuals(tiling.o_count * C), var(C);
+  std::vector<Acc> means(tiling.o_count * C), m2s(tiling.o_count * C), distances(tiling.o_count * C), var(C);
   tiling.parallel([&](const Tile& t, int64_t o) {
-    tile_moments<T>(l, t, x, means.data() + o * C, m2s.data() + o * C, residuals.data() + o * C);
+    tile_moments<T>(l, t, x, means.data() + o * C, m2s.data() + o * C, distances.data() + o * C);
   });
   for (int64_t c = 0; c < C; ++c) {
     Moments<double> total;
@@ -211,11 +203,13 @@ std::vector<Acc> batch_statistics(const Tiling& tiling, const T* x, Acc* mean) {
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor> running_mean,
                                                       std::optional<Tensor> running_var, std::optional<Tensor> weight,
                                                       std::optional<Tensor> bias, bool training, double momentum,
-                                                      double eps) {
+                                                      double eps, std::optional<std::string> activation,
+                                                      std::optional<Tensor> residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
   STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics must be defined in evaluation mode");
-  const bool channels_last = !input.is_contiguous() && is_channels_last(input);
-  input = channels_last ? input : torch::stable::contiguous(input);
+  const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
+  input = dense(input, channels_last);
+  if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
   const Tiling tiling(layout_of(input, channels_last));
   const int64_t C = tiling.layout.channels, N = tiling.layout.outer * tiling.layout.inner;
   const auto acc_type = accumulate_type(input.scalar_type());
@@ -250,25 +244,25 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
       rstd[c] = 1 / std::sqrt(var[c] + static_cast<Acc>(eps));
       scale[c] *= rstd[c];  // γ·r
     }
+    const Forward<T> forward{x,           data_or_null<T>(residual),     mean, rstd, scale.data(),
+                             beta.data(), activation_of<Acc>(activation)};
     T* out = y.mutable_data_ptr<T>();
-    tiling.parallel(
-        [&](const Tile& t, int64_t) { tile_forward<T>(tiling.layout, t, x, mean, scale.data(), beta.data(), out); });
+    tiling.parallel([&](const Tile& t, int64_t) { tile_forward<T>(tiling.layout, t, forward, out); });
   });
   return {y, mean_out, rstd_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
-                                                       Tensor mean_in, Tensor rstd_in, bool training, double) {
-  STD_TORCH_CHECK(input.dim() >= 2 && dy.dim() == input.dim() && dy.scalar_type() == input.scalar_type(),
-                  "dy and input should have one shape, (N, C, ...), and one dtype");
-  for (int64_t d = 0; d < input.dim(); ++d)
-    STD_TORCH_CHECK(dy.size(d) == input.size(d), "dy and input should have one shape");
-  const bool channels_last = !input.is_contiguous() && is_channels_last(input);
-  input = channels_last ? input : torch::stable::contiguous(input);
-  if (channels_last ? !is_channels_last(dy) : !dy.is_contiguous()) {
-    Tensor like_input = torch::stable::empty_like(input);
-    dy = torch::stable::copy_(like_input, dy);
-  }
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
+                                                               std::optional<Tensor> bias,
+                                                               std::optional<Tensor> residual, Tensor mean_in,
+                                                               Tensor rstd_in, bool training, double,
+                                                               std::optional<std::string> activation, bool needs_input,
+                                                               bool needs_parameters, bool needs_residual) {
+  STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
+  const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
+  input = dense(input, channels_last);
+  dy = in_layout_of(input, channels_last, dy, "dy");
+  if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
   const Tiling tiling(layout_of(input, channels_last));
   const Layout& l = tiling.layout;
   const int64_t C = l.channels;
@@ -276,46 +270,68 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, 
   const Tensor mean_c = torch::stable::contiguous(mean_in), rstd_c = torch::stable::contiguous(rstd_in);
   check_vector(mean_c, C, acc_type, "mean");
   check_vector(rstd_c, C, acc_type, "rstd");
-  Tensor dx_out = torch::stable::empty_like(input);
-  Tensor dweight_out = torch::stable::new_empty(input, {C}, acc_type);
-  Tensor dbias_out = torch::stable::new_empty(input, {C}, acc_type);
+
+  // what is not needed comes back empty
+  const bool through_statistics = needs_input && training;
+  const auto like_input = [&](bool needed) {
+    return needed ? torch::stable::empty_like(input) : torch::stable::new_empty(input, {0});
+  };
+  needs_residual = needs_residual && activation;  // without an activation it is dy
+  Tensor dx_out = like_input(needs_input), dresidual_out = like_input(needs_residual);
+  Tensor dweight_out = torch::stable::new_empty(input, {needs_parameters ? C : 0}, acc_type);
+  Tensor dbias_out = torch::stable::new_empty(input, {needs_parameters ? C : 0}, acc_type);
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
-    const T* x = input.const_data_ptr<T>();
     const T* g = dy.const_data_ptr<T>();
-    const Acc* mean = mean_c.const_data_ptr<Acc>();
     const Acc* rstd = rstd_c.const_data_ptr<Acc>();
-    Acc* dweight = dweight_out.mutable_data_ptr<Acc>();
-    Acc* dbias = dbias_out.mutable_data_ptr<Acc>();
+    const std::vector<Acc> beta = channel_values<Acc>(bias, C, 0, "bias");
+    std::vector<Acc> scale = channel_values<Acc>(weight, C, 1, "weight"), dz_mean(C), dz_x_hat_mean(C);
+    for (int64_t c = 0; c < C; ++c) scale[c] *= rstd[c];  // γ·r
+    T* dx = needs_input ? dx_out.mutable_data_ptr<T>() : nullptr;
+    T* dresidual = needs_residual ? dresidual_out.mutable_data_ptr<T>() : nullptr;
+    Forward<T> forward{input.const_data_ptr<T>(),
+                       data_or_null<T>(residual),
+                       mean_c.const_data_ptr<Acc>(),
+                       rstd,
+                       scale.data(),
+                       beta.data(),
+                       activation_of<Acc>(activation)};
 
-    std::vector<Acc> dy_sums(tiling.o_count * C), dy_x_hat_sums(tiling.o_count * C);
-    tiling.parallel([&](const Tile& t, int64_t o) {
-      tile_sums<T>(l, t, g, x, mean, rstd, dy_sums.data() + o * C, dy_x_hat_sums.data() + o * C);
-    });
-    std::vector<double> dy_sum(C), dy_x_hat_sum(C);  // over all tiles
-    for (int64_t o = 0; o < tiling.o_count; ++o)
-      for (int64_t c = 0; c < C; ++c) {
-        dy_sum[c] += dy_sums[o * C + c];
-        dy_x_hat_sum[c] += dy_x_hat_sums[o * C + c];
+    if (needs_parameters || through_statistics) {
+      std::vector<Acc> dz_sums(tiling.o_count * C), dz_x_hat_sums(tiling.o_count * C);
+      // The second pass need not work dz out again, where T holds it without rounding.
+      T* kept = activation && std::is_same_v<T, Acc> ? (dresidual ? dresidual : dx) : nullptr;
+      tiling.parallel([&](const Tile& t, int64_t o) {
+        tile_sums<T>(l, t, forward, g, dz_sums.data() + o * C, dz_x_hat_sums.data() + o * C, kept);
+      });
+      if (kept) {
+        g = kept;
+        forward.activation = {};
+        dresidual = nullptr;
       }
-
-    const double N = static_cast<double>(l.outer * l.inner);
-    std::vector<Acc> scale = channel_values<Acc>(weight, C, 1, "weight"), dy_mean(C), dy_x_hat_mean(C);
-    for (int64_t c = 0; c < C; ++c) {
-      scale[c] *= rstd[c];  // γ·r
-      dbias[c] = static_cast<Acc>(dy_sum[c]);
-      dweight[c] = static_cast<Acc>(dy_x_hat_sum[c]);
-      dy_mean[c] = static_cast<Acc>(dy_sum[c] / N);
-      dy_x_hat_mean[c] = static_cast<Acc>(dy_x_hat_sum[c] / N);
+      std::vector<double> dz_sum(C), dz_x_hat_sum(C);  // over all tiles
+      for (int64_t o = 0; o < tiling.o_count; ++o)
+        for (int64_t c = 0; c < C; ++c) {
+          dz_sum[c] += dz_sums[o * C + c];
+          dz_x_hat_sum[c] += dz_x_hat_sums[o * C + c];
+        }
+      const double N = static_cast<double>(l.outer * l.inner);
+      for (int64_t c = 0; c < C; ++c) {
+        dz_mean[c] = static_cast<Acc>(dz_sum[c] / N);
+        dz_x_hat_mean[c] = static_cast<Acc>(dz_x_hat_sum[c] / N);
+      }
+      if (needs_parameters) {
+        std::copy(dz_sum.begin(), dz_sum.end(), dbias_out.mutable_data_ptr<Acc>());
+        std::copy(dz_x_hat_sum.begin(), dz_x_hat_sum.end(), dweight_out.mutable_data_ptr<Acc>());
+      }
     }
-    T* dx = dx_out.mutable_data_ptr<T>();
-    tiling.parallel([&](const Tile& t, int64_t) {
-      tile_backward<T>(l, t, g, x, mean, rstd, scale.data(), dy_mean.data(), dy_x_hat_mean.data(), training, dx);
-    });
+    const Means<Acc> means{training ? dz_mean.data() : nullptr, dz_x_hat_mean.data()};
+    if (dx || dresidual)
+      tiling.parallel([&](const Tile& t, int64_t) { tile_backward<T>(l, t, forward, g, means, dx, dresidual); });
   });
-  return {dx_out, dweight_out, dbias_out};
+  return {dx_out, dweight_out, dbias_out, dresidual_out};
 }
 
 }  // namespace fused_ops
