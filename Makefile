@@ -24,7 +24,7 @@ train: $(INSTALLED)
 	$(VENV)/bin/python train.py $(ARGS)
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto $(ARGS)
 
 memory: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/memory.py $(ARGS)
