@@ -26,20 +26,20 @@ def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoo
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, but got {softcap}")
 
-    expected = shape
-    if target.is_floating_point():
+    if target.shape == shape:  # as in PyTorch, these are probabilities
+        if not target.is_floating_point():
+            kind = str(target.dtype).removeprefix("torch.").replace("int64", "Long")
+            raise RuntimeError(f"Expected floating point type for target with class probabilities, got {kind}")
         if ignore_index >= 0:
             raise RuntimeError("ignore_index is not supported for floating point target")
-    elif target.shape == shape:
-        raise RuntimeError(f"Expected floating point type for target with class probabilities, got {target.dtype}")
     else:
-        if target.dtype not in (torch.int64, torch.uint8):
-            raise RuntimeError(f"expected target dtype to be Long or Byte, but got {target.dtype}")
-        expected = torch.Size(without_classes(shape))
-    if target.shape != expected:
         if len(shape) > 1 and target.dim() > 0 and target.shape[0] != shape[0]:
             raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target.shape[0]}).")
-        raise RuntimeError(f"Expected target size {list(expected)}, got {list(target.shape)}")
+        if target.dtype not in (torch.int64, torch.uint8):
+            kind = str(target.dtype).removeprefix("torch.").replace("float32", "Float")
+            raise RuntimeError(f"expected target dtype to be Long or Byte, but got {kind}")
+        if tuple(target.shape) != without_classes(shape):
+            raise RuntimeError(f"Expected target size {list(without_classes(shape))}, got {list(target.shape)}")
 
     if weight is not None:
         classes = shape[len(shape) > 1]

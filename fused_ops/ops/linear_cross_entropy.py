@@ -28,7 +28,7 @@ from fused_ops._op import accumulate_dtype, below_autograd, define, differentiab
 from fused_ops.ops import cross_entropy as ce
 from fused_ops.ops._logits import as_rows, check_loss, without_classes
 from fused_ops.ops.cross_entropy_derivatives import mean_weights, reduced, row_gradient
-from fused_ops.ops.linear_cross_entropy_derivatives import gradients_along, linear_logits, loss_along, row_dtype
+from fused_ops.ops.linear_cross_entropy_derivatives import accumulated, gradients_along, linear_logits, loss_along
 
 
 def linear_cross_entropy_forward(
@@ -52,7 +52,7 @@ def linear_cross_entropy_forward(
     dlinear_bias and dtarget, of the shapes and dtypes of their tensors, or (0,) for one that isn't among the needs.
     """
     options = ignore_index, reduction, label_smoothing, z_loss, softcap
-    logits = linear_logits(input, linear_weight, linear_bias, target, classes)  # (N·D, C)
+    logits = linear_logits(*accumulated((input, linear_weight, linear_bias)), classes)  # (N·D, C)
     loss, _, divisor = ce.cross_entropy_forward(logits, target, weight, *options)
     saved = input, linear_weight, linear_bias, target, weight, divisor
     gradients = linear_cross_entropy_backward(torch.ones_like(loss), *saved, *options, classes, chunk_size, needs)
@@ -81,16 +81,18 @@ def linear_cross_entropy_backward(
     Returns dinput, dlinear_weight, dlinear_bias and dtarget as the forward pass does.
     """
     options = ignore_index, reduction, label_smoothing, z_loss, softcap
-    logits = linear_logits(input, linear_weight, linear_bias, target, classes)  # (N·D, C)
+    x, W, b = accumulated((input, linear_weight, linear_bias))
+    logits = linear_logits(x, W, b, classes)  # (N·D, C)
     _, stats, _ = ce.cross_entropy_forward(logits, target, weight, *options)
     saved = logits, target, weight, stats, divisor
     dlogits, dtarget = ce.cross_entropy_backward(dloss, *saved, *options, True, needs[3])
-    dz = dlogits.view(-1, linear_weight.shape[0]).to(input.dtype)  # (N, D·C)
-    sums = dz.to(accumulate_dtype(dz.dtype))  # (N, D·C)
-    dinput = dz @ linear_weight if needs[0] else dz.new_empty(0)
-    dlinear_weight = (sums.t() @ input.to(sums.dtype)).to(dz.dtype) if needs[1] else dz.new_empty(0)
-    dlinear_bias = sums.sum(0).to(dz.dtype) if needs[2] else dz.new_empty(0)
-    return dinput, dlinear_weight, dlinear_bias, dtarget
+    dz = dlogits.view(-1, W.shape[0])  # (N, D·C)
+    made = (
+        dz @ W if needs[0] else dz.new_empty(0),
+        dz.t() @ x if needs[1] else dz.new_empty(0),
+        dz.sum(0) if needs[2] else dz.new_empty(0),
+    )
+    return *(t.to(input.dtype) for t in made), dtarget.to(target.dtype if needs[3] else input.dtype)
 
 
 def _forward_in_chunks(input, linear_weight, linear_bias, target, weight, ignore_index, reduction, *others):
@@ -111,37 +113,36 @@ def _backward_in_chunks(dloss, input, linear_weight, linear_bias, target, weight
 def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_index, *others):
     """The losses of all rows, (N·D,), and the gradients that are needed where g_n comes back to row n's loss."""
     *smooth, classes, chunk_size, needs = others
-    acc, D = accumulate_dtype(input.dtype), linear_weight.shape[0] // classes
-    losses = g.new_empty(target.shape[0])
+    W, b = accumulated((linear_weight, linear_bias))
+    D = W.shape[0] // classes
+    losses = g.new_empty(target.shape[0])  # (N·D)
+    room = W.new_empty(min(chunk_size, input.shape[0]), W.shape[0])  # for the logits of a chunk
     dinput = input.new_empty(input.shape) if needs[0] else input.new_empty(0)
+    dW, db = W.new_zeros(W.shape if needs[1] else 0), W.new_zeros(W.shape[0] if needs[2] else 0)
     dtarget = target.new_empty(target.shape) if needs[3] else input.new_empty(0)
-    dlinear_weight = g.new_zeros(linear_weight.shape) if needs[1] else input.new_empty(0)
-    dlinear_bias = g.new_zeros(linear_bias.shape) if needs[2] else input.new_empty(0)
-    room = input.new_empty(min(chunk_size, input.shape[0]), linear_weight.shape[0])  # for the logits of a chunk
     with torch.autocast(input.device.type, enabled=False):  # the caller has cast what there was to cast
         for start in range(0, input.shape[0], chunk_size):
-            x = input[start : start + chunk_size]  # (n, H)
+            examples = slice(start, start + chunk_size)
+            rows = slice(start * D, (start + chunk_size) * D)
+            x, y = input[examples].to(W.dtype), target[rows]  # (n, H), (n·D) or (n·D, C)
+            y = y.to(W.dtype) if y.is_floating_point() else y
             z = room[: x.shape[0]]  # (n, D·C)
-            if linear_bias is None:
-                torch.mm(x, linear_weight.t(), out=z)
-            else:
-                torch.addmm(linear_bias, x, linear_weight.t(), out=z)
-            rows = slice(start * D, (start + x.shape[0]) * D)
-            y, logits = target[rows], z.view(-1, classes).to(row_dtype(input, target))  # (n·D), (n·D, C)
+            torch.mm(x, W.t(), out=z) if b is None else torch.addmm(b, x, W.t(), out=z)
+            logits = z.view(-1, classes)  # (n·D, C)
             losses[rows], *saved = ce.forward_op(logits, y, weight, ignore_index, "none", *smooth)
             if not any(needs):
                 continue
             dy = ce.backward_op_(g[rows], logits, y, weight, *saved, ignore_index, "none", *smooth, needs[3])
-            dz = logits.view(z.shape).to(z.dtype)  # (n, D·C): where the logits were
+            dz = z  # (n, D·C): the gradient lies where the logits were
             if needs[0]:
-                torch.mm(dz, linear_weight, out=dinput[start : start + chunk_size])
+                dinput[examples] = torch.mm(dz, W)  # (n, H)
             if needs[1]:
-                dlinear_weight.addmm_(dz.t().to(acc), x.to(acc))
+                dW.addmm_(dz.t(), x)  # (D·C, H)
             if needs[2]:
-                dlinear_bias += dz.sum(0, dtype=acc)
+                db += dz.sum(0)  # (D·C)
             if needs[3]:
                 dtarget[rows] = dy
-    return losses, dinput, dlinear_weight.to(input.dtype), dlinear_bias.to(input.dtype), dtarget
+    return losses, dinput, dW.to(input.dtype), db.to(input.dtype), dtarget
 
 
 _forward = define(linear_cross_entropy_forward, implementation=_forward_in_chunks)
@@ -284,20 +285,17 @@ def linear_cross_entropy(
         input, linear_weight, linear_bias = map(_autocast, (input, linear_weight, linear_bias))
     check_loss(shape, input.dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
-    dtype, (C, *_, H) = input.dtype, linear_weight.shape
+    C, *_, H = linear_weight.shape
     W = linear_weight.reshape(C, -1, H).transpose(0, 1).reshape(-1, H)  # (D·C, H): the C classes of a loss side by side
     b = None if linear_bias is None else linear_bias.reshape(C, -1).t().reshape(-1)  # (D·C)
-    if target.is_floating_point():
-        dtype = torch.promote_types(dtype, target.dtype)
-        y = as_rows(target).to(dtype)  # (N·D, C)
-    else:
-        y = target.reshape(-1).long()  # (N·D)
+    y = as_rows(target) if target.is_floating_point() else target.reshape(-1).long()  # (N·D, C) or (N·D)
     x = input.reshape(-1, H)  # (N, H)
     now = _in_forward_pass(reduction)
     needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
     settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or max(128, H // 4)
     loss, *_ = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
-    loss = loss if autocast else loss.to(dtype)
+    if not autocast:
+        loss = loss.to(torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype)
     return loss.reshape(without_classes(shape)) if reduction == "none" else loss
 
 
@@ -319,6 +317,11 @@ def _check(input, linear_weight, target, linear_bias, ignore_index, chunk_size):
         raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
     if linear_weight.dim() < 2:
         raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+    if not input.is_floating_point():
+        raise RuntimeError(f"expected floating point input, got {input.dtype}")
+    for name, t in {"linear_weight": linear_weight, "linear_bias": linear_bias}.items():
+        if t is not None and t.dtype != input.dtype and not is_autocast_enabled(input.device):
+            raise RuntimeError(f"expected input and {name} to have the same dtype, got {input.dtype} and {t.dtype}")
     if input.shape[-1] != linear_weight.shape[-1]:
         raise RuntimeError(
             "expected equal input and linear_weight last dimensions (in_features), "

@@ -18,14 +18,14 @@ from fused_ops._op import accumulate_dtype
 from fused_ops.ops.cross_entropy_derivatives import RowDerivatives, reduced, row_gradient
 
 
-def linear_logits(input, linear_weight, linear_bias, target, classes):
-    """z = x·Wᵀ + b as rows of classes, (N·D, C), in the dtype of class probabilities if that is the wider one."""
-    z = torch.nn.functional.linear(input, linear_weight, linear_bias)  # (N, D·C)
-    return z.view(-1, classes).to(row_dtype(input, target))
+def linear_logits(input, linear_weight, linear_bias, classes):
+    """z = x·Wᵀ + b as rows of classes, (N·D, C)."""
+    return torch.nn.functional.linear(input, linear_weight, linear_bias).view(-1, classes)
 
 
-def row_dtype(input, target):
-    return target.dtype if target.is_floating_point() else input.dtype
+def accumulated(tensors):
+    """The tensors, or None, in the accumulate dtype: 16-bit logits would lose digits that the loss needs."""
+    return [t if t is None else t.to(accumulate_dtype(t.dtype)) for t in tensors]
 
 
 def _logits_along(input, linear_weight, input_t, linear_weight_t, linear_bias_t, classes):
@@ -41,7 +41,7 @@ def _logits_along(input, linear_weight, input_t, linear_weight_t, linear_bias_t,
 
 
 def _chunks(input, linear_weight, linear_bias, target, weight, tangents, options):
-    """For each chunk of rows: x, (n, H); their places among all rows; their `RowDerivatives`, and v, (n·D, C)."""
+    """For each chunk of rows: x and ẋ, (n, H); their places among all rows; their `RowDerivatives`; v, (n·D, C)."""
     ignore_index, _, *smooth, classes, chunk_size = options
     D = linear_weight.shape[0] // classes
     input_t, *others_t = tangents
@@ -51,12 +51,13 @@ def _chunks(input, linear_weight, linear_bias, target, weight, tangents, options
         x = input[examples]  # (n, H)
         x_t = None if input_t is None else input_t[examples]  # (n, H)
         v = _logits_along(x, linear_weight, x_t, *others_t, classes)  # (n·D, C)
-        logits = linear_logits(x, linear_weight, linear_bias, target, classes)  # (n·D, C)
+        logits = linear_logits(x, linear_weight, linear_bias, classes)  # (n·D, C)
         yield x, x_t, rows, RowDerivatives(logits, target[rows], weight, ignore_index, *smooth), v
 
 
 def loss_along(tensors, divisor, tangents, target_t, options):
     """How fast the loss changes: that of cross-entropy, along the change of the logits."""
+    tensors, tangents = [*accumulated(tensors[:3]), *tensors[3:]], accumulated(tangents)
     along = [
         row.loss_along(v, None if target_t is None else target_t[rows])  # (n·D)
         for _, _, rows, row, v in _chunks(*tensors, tangents, options)
@@ -66,24 +67,25 @@ def loss_along(tensors, divisor, tangents, target_t, options):
 
 def gradients_along(dloss, tensors, divisor, tangents, target_t, options):
     """How fast dx, dW, db and dy change; dloss does not."""
-    input, linear_weight, _, target, _ = tensors
-    acc = accumulate_dtype(input.dtype)
+    dtype, target = tensors[0].dtype, tensors[3]
+    tensors, tangents = [*accumulated(tensors[:3]), *tensors[3:]], accumulated(tangents)
+    input, linear_weight, *_ = tensors
     g = row_gradient(dloss, options[1], divisor, target.shape[0])  # (N·D, 1)
     dinput_t, dtarget_t = [input[:0]], [target[:0]]
-    dlinear_weight_t = torch.zeros_like(linear_weight, dtype=acc)  # (D·C, H)
-    dlinear_bias_t = dlinear_weight_t.new_zeros(linear_weight.shape[0])  # (D·C)
+    dlinear_weight_t = torch.zeros_like(linear_weight)  # (D·C, H)
+    dlinear_bias_t = linear_weight.new_zeros(linear_weight.shape[0])  # (D·C)
     for x, x_t, rows, row, v in _chunks(*tensors, tangents, options):
         u = None if target_t is None else target_t[rows]  # (n·D, C)
         dz_t, dy_t = row.gradients_along(v, u, g[rows])  # (n·D, C) each
-        dz, dz_t = (t.reshape(len(x), -1).to(x.dtype) for t in (row.gradient(g[rows]), dz_t))  # (n, D·C) each
+        dz, dz_t = (t.reshape(x.shape[0], -1) for t in (row.gradient(g[rows]), dz_t))  # (n, D·C) each
         x_along = dz_t @ linear_weight  # (n, H)
         if tangents[1] is not None:
             x_along = x_along + dz @ tangents[1]  # (n, H)
-        dlinear_weight_t = dlinear_weight_t + dz_t.t().to(acc) @ x.to(acc)  # (D·C, H)
+        dlinear_weight_t = dlinear_weight_t + dz_t.t() @ x  # (D·C, H)
         if x_t is not None:
-            dlinear_weight_t = dlinear_weight_t + dz.t().to(acc) @ x_t.to(acc)  # (D·C, H)
-        dlinear_bias_t = dlinear_bias_t + dz_t.sum(0, dtype=acc)  # (D·C)
+            dlinear_weight_t = dlinear_weight_t + dz.t() @ x_t  # (D·C, H)
+        dlinear_bias_t = dlinear_bias_t + dz_t.sum(0)  # (D·C)
         dinput_t.append(x_along)
-        dtarget_t.append(dy_t)
-    dtarget_t = torch.cat(dtarget_t) if target.is_floating_point() else None
-    return torch.cat(dinput_t), dlinear_weight_t.to(input.dtype), dlinear_bias_t.to(input.dtype), dtarget_t
+        dtarget_t.append(dy_t.to(target.dtype) if target.is_floating_point() else target[:0])
+    sums = torch.cat(dinput_t), dlinear_weight_t, dlinear_bias_t
+    return *(t.to(dtype) for t in sums), torch.cat(dtarget_t)
