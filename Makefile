@@ -1,6 +1,7 @@
 # make train        set everything up and train on the shipped names     make train ARGS="--steps 2000 --backward steps"
 # make test         set everything up and run the tests                  make test ARGS="-k cross_entropy"
 # make lint         check the code's style
+# make docs         collect the docstrings that derive the gradients into docs/derivations.md
 # make clean        remove what these made
 #
 # FUSED_OPS_BUILD=0 before any of them leaves the kernels out: every op runs its PyTorch reference.
@@ -16,7 +17,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed-$(if $(filter 0,$(FUSED_OPS_BUILD)),references,kernels)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -29,6 +30,9 @@ lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*/*)
+
+docs:
+	$(PYTHON) docs/make_derivations.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info fused_ops/*.so
