@@ -107,9 +107,9 @@ def mean_gradient(f, y):
 class CodeOptions:
     """What the reference takes for the symbols above: numbers and tensors."""
 
-    def __init__(self, capped=True, z_loss=Z_LOSS, smoothing=SMOOTHING):
-        self.smooth = smoothing, z_loss, CAP if capped else None
-        self.numbers = Numbers(low=0.1, ε=smoothing, ζ=z_loss, cap=CAP)
+    def __init__(self, capped=True):
+        self.smooth = SMOOTHING, Z_LOSS, CAP if capped else None
+        self.numbers = Numbers(low=0.1, ε=SMOOTHING, ζ=Z_LOSS, cap=CAP)
 
     def target(self, y):
         return torch.tensor([-100 if c is None else c for c in y]) if isinstance(y, list) else self.numbers.of(y)

@@ -19,15 +19,19 @@ F64 = torch.float64
 
 
 class a2(sp.Function):
-    """a'', of any activation a. That of nothing is not a number, in `Numbers` a function of that name."""
+    """a'', of whatever activation a is."""
 
 
 class a1(sp.Function):
+    """a'."""
+
     def fdiff(self, argindex=1):
         return a2(self.args[0])
 
 
 class a(sp.Function):
+    """Any activation."""
+
     def fdiff(self, argindex=1):
         return a1(self.args[0])
 
