@@ -1,5 +1,6 @@
 # make train        set everything up and train on the shipped names     make train ARGS="--steps 2000 --backward steps"
 # make test         set everything up and run the tests                  make test ARGS="-k cross_entropy"
+# make memory       measure the peak memory of linear cross-entropy     make memory ARGS="--rows 512 --dtype bfloat16"
 # make lint         check the code's style
 # make docs         collect the docstrings that derive the gradients into docs/derivations.md
 # make clean        remove what these made
@@ -17,7 +18,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed-$(if $(filter 0,$(FUSED_OPS_BUILD)),references,kernels)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: train test lint docs clean
+.PHONY: train test memory lint docs clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -25,6 +26,9 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+memory: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/memory.py $(ARGS)
 
 lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .

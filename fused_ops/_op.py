@@ -7,6 +7,7 @@ it on their own device, so no Python code ever asks which device it is on.
 """
 
 import importlib.machinery
+import inspect
 import os
 import warnings
 from pathlib import Path
@@ -54,6 +55,7 @@ def below_autograd(op):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
+    forward.__signature__ = inspect.signature(forward)  # which PyTorch would else work out at each call
     return staticmethod(forward)
 
 

@@ -31,7 +31,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         momentum, averages = self.momentum or 0.0, False
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            averages = self.momentum is None  # then the running statistics are the plain mean over all batches so far
+            # without a momentum the running statistics are the plain mean over all batches so far
+            averages = self.momentum is None and mean is not None
         if averages:
             mean, var, momentum = mean.clone(), var.clone(), 1.0  # to take this batch's own
         y = F.batch_norm(
@@ -121,14 +122,9 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
         super().__init__(weight=weight, reduction=reduction)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
-        self.settings = {
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "options": options,
-            "chunk_size": chunk_size,
-            "z_loss": z_loss,
-            "softcap": softcap,
-        }
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.options, self.chunk_size = options, chunk_size
+        self.z_loss, self.softcap = z_loss, softcap
         outputs = math.prod(self.out_features, start=num_classes)
         self.linear = torch.nn.Linear(in_features, outputs, bias=bias, device=device, dtype=dtype)
 
@@ -141,12 +137,15 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
             linear_bias=None if bias is None else bias.reshape(shape),
             weight=self.weight,
             reduction=self.reduction,
-            **self.settings,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            chunk_size=self.chunk_size,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
         )
 
     def extra_repr(self):
-        settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
-        return (
-            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, out_features={self.out_features}, "
-            f"bias={self.linear.bias is not None}, reduction={self.reduction}, {settings}"
-        )
+        shown = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "options", "chunk_size")
+        settings = ", ".join(f"{name}={getattr(self, name)}" for name in (*shown, "z_loss", "softcap"))
+        return f"in_features={self.linear.in_features}, bias={self.linear.bias is not None}, {settings}"

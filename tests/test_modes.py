@@ -122,6 +122,22 @@ def test_a_network_of_our_layers_compiles(dynamic):
     assert_trains_like_torch(torch.compile(module, fullgraph=True, dynamic=dynamic), module)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_network_of_our_layers_runs_in_cuda_graphs():
+    torch.compiler.reset()
+    module, theirs = (Network(nn).cuda() for nn in (fused_ops.nn, torch.nn))
+    compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+    input, target = INPUT.detach().cuda(), CLASSES.cuda()
+    for _ in range(4):  # PyTorch records the graph on the way, then replays it
+        losses = compiled(input, target), theirs(input, target)
+        assert_close(*losses)
+        for loss, owner in zip(losses, (module, theirs), strict=True):
+            owner.zero_grad()
+            loss.backward()
+        for a, b in zip(module.parameters(), theirs.parameters(), strict=True):
+            assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_network_still_trains(strict):
     """The exported graph has our ops, and they are differentiable there."""

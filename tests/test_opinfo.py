@@ -103,7 +103,7 @@ def excluded(entry):
             ("samples",),
             (
                 "torch's samples have no empty targets, nor label smoothing (cross_entropy fails composite compliance "
-                "there): tests/samples.py and the drawn cases have"
+                "there): tests/samples/ and the drawn cases have"
             ),
         )
 

@@ -1,8 +1,8 @@
 // Batch normalisation. Derivation and names: fused_ops/ops/batch_norm.py.
 //
-// A tensor is cut into tiles that stay in cache, a range of the batch by a range of channels. Statistics are taken tile
-// by tile in two passes (mean, then squared distances), so memory is read once, and merged in the order of the tiles:
-// the result does not depend on the number of threads.
+// A tensor is cut into tiles that stay in cache (tiles.h). Statistics are taken tile by tile in two passes (mean, then
+// squared distances), so memory is read once, and merged in the order of the tiles: the result does not depend on the
+// number of threads.
 #include <algorithm>
 #include <limits>
 #include <string>
@@ -10,111 +10,10 @@
 
 #include "../activations.h"
 #include "../checks.h"
-#include "vectorize.h"
+#include "tiles.h"
 
 namespace fused_ops {
 namespace {
-
-// x[o][c][i] in memory: (N, C, positions), or (N·positions, C, 1) where channels come last.
-struct Layout {
-  int64_t outer, channels, inner;
-};
-
-// A range of the outer dimension, of the channels and of the inner dimension.
-struct Tile {
-  int64_t o_begin, o_end, c_begin, c_end, i_begin, i_end;
-
-  int64_t size() const { return (o_end - o_begin) * (c_end - c_begin) * (i_end - i_begin); }
-};
-
-struct Tiling {
-  static constexpr int64_t kElements = 16384;  // of a tile: 64 KiB of float32
-  Layout layout;
-  int64_t c_size, o_size, c_count, o_count;
-
-  explicit Tiling(Layout l) : layout(l) {
-    const int64_t channels = std::max<int64_t>(1, l.channels), inner = std::max<int64_t>(1, l.inner);
-    c_size = std::min(channels, inner == 1 ? 512 : std::max<int64_t>(1, kElements / inner));
-    o_size = std::max<int64_t>(1, kElements / (c_size * inner));
-    c_count = ceil_div(channels, c_size);
-    o_count = ceil_div(l.outer, o_size);
-  }
-
-  // Calls f(tile, o) for every tile, o being the tile's place along the outer dimension.
-  template <typename F>
-  void parallel(const F& f) const {
-    const int64_t grain =
-        std::max<int64_t>(1, kElementsPerTask / (c_size * o_size * std::max<int64_t>(1, layout.inner)));
-    torch::stable::parallel_for(0, o_count * c_count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t o = i / c_count, c = i % c_count;
-        f(Tile{o * o_size, std::min((o + 1) * o_size, layout.outer), c * c_size,
-               std::min((c + 1) * c_size, layout.channels), 0, layout.inner},
-          o);
-      }
-    });
-  }
-};
-
-// f(c, index, k) for each element of a tile, the k-th of it. The inner loop runs along memory: over channels where they
-// come last, else over a channel's positions.
-template <typename F>
-inline void for_each(const Layout& l, const Tile& t, const F& f) {
-  int64_t k = 0;
-  for (int64_t o = t.o_begin; o < t.o_end; ++o) {
-    if (l.inner == 1) {
-      const int64_t base = o * l.channels, start = k - t.c_begin;
-#pragma omp simd
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) f(c, base + c, start + c);
-      k += t.c_end - t.c_begin;
-    } else {
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const int64_t base = (o * l.channels + c) * l.inner, start = k - t.i_begin;
-#pragma omp simd
-        for (int64_t i = t.i_begin; i < t.i_end; ++i) f(c, base + i, start + i);
-        k += t.i_end - t.i_begin;
-      }
-    }
-  }
-}
-
-template <typename Acc>
-struct Pair {
-  Acc first, second;
-};
-
-// first[c] += Σ value(c, index, k).first over a tile, and so for second. In the order of for_each: where channels come
-// last first and second are vectors, else sums of a channel are scalars.
-template <typename Acc, typename Value>
-inline void add_up(const Layout& l, const Tile& t, Acc* first, Acc* second, const Value& value) {
-  int64_t k = 0;
-  for (int64_t o = t.o_begin; o < t.o_end; ++o) {
-    if (l.inner == 1) {
-      const int64_t base = o * l.channels, start = k - t.c_begin;
-#pragma omp simd
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const Pair<Acc> values = value(c, base + c, start + c);
-        first[c] += values.first;
-        second[c] += values.second;
-      }
-      k += t.c_end - t.c_begin;
-    } else {
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const int64_t base = (o * l.channels + c) * l.inner, start = k - t.i_begin;
-        Acc first_sum = 0, second_sum = 0;
-#pragma omp simd reduction(+ : first_sum, second_sum)
-        for (int64_t i = t.i_begin; i < t.i_end; ++i) {
-          const Pair<Acc> values = value(c, base + i, start + i);
-          first_sum += values.first;
-          second_sum += values.second;
-        }
-        first[c] += first_sum;
-        second[c] += second_sum;
-        k += t.i_end - t.i_begin;
-      }
-    }
-  }
-}
 
 // Each channel's mean and sum of squared distances from it. The distances from the exact mean add up to zero; what
 // those from the rounded one add up to corrects both (Chan, Golub and LeVeque 1983). `distances` is scratch.
@@ -174,20 +73,6 @@ struct Forward {
   const Acc *mean, *rstd, *scale, *bias;
   Activation<Acc> activation;
 };
-
-// A tile's z and dz are worked out strip by strip: few enough elements that they stay in the innermost cache.
-constexpr int64_t kStrip = 2048;
-
-// f(strip) for each strip of a tile.
-template <typename F>
-inline void for_strips(const Layout& l, const Tile& t, const F& f) {
-  const int64_t c_size = l.inner == 1 ? t.c_end - t.c_begin : std::max<int64_t>(1, kStrip / l.inner);
-  const int64_t o_size = l.inner == 1 ? std::max<int64_t>(1, kStrip / c_size) : 1;
-  for (int64_t o = t.o_begin; o < t.o_end; o += o_size)
-    for (int64_t c = t.c_begin; c < t.c_end; c += c_size)
-      for (int64_t i = t.i_begin; i < t.i_end; i += kStrip)
-        f(Tile{o, std::min(o + o_size, t.o_end), c, std::min(c + c_size, t.c_end), i, std::min(i + kStrip, t.i_end)});
-}
 
 // z of a strip, into z[0], z[1], ...
 template <typename T, typename Acc = accumulate_t<T>>
@@ -268,38 +153,6 @@ FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const Fo
   });
 }
 
-// Whether memory holds (N, positions..., C) without gaps, for the shapes that PyTorch has a channels_last format for.
-bool is_channels_last(const Tensor& x) {
-  if (x.dim() < 4 || x.dim() > 5) return false;
-  int64_t expected = 1;
-  const auto has_stride = [&](int64_t d) {
-    const bool ok = x.size(d) == 1 || x.stride(d) == expected;
-    expected *= x.size(d);
-    return ok;
-  };
-  bool ok = has_stride(1);
-  for (int64_t d = x.dim() - 1; d >= 2; --d) ok = has_stride(d) && ok;
-  return has_stride(0) && ok;
-}
-
-Layout layout_of(const Tensor& x, bool channels_last) {
-  const int64_t N = x.size(0), C = x.size(1), per_channel = C ? x.numel() / C : 0;
-  if (per_channel == 0) return {0, C, 0};
-  if (channels_last) return {per_channel, C, 1};
-  return {N, C, per_channel / N};
-}
-
-// t, which has the shape and dtype of input, in its layout.
-Tensor in_layout_of(const Tensor& input, bool channels_last, const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == input.dim() && t.scalar_type() == input.scalar_type(), name,
-                  " should have the shape and dtype of the input");
-  for (int64_t d = 0; d < input.dim(); ++d)
-    STD_TORCH_CHECK(t.size(d) == input.size(d), name, " should have the shape of the input");
-  if (channels_last ? is_channels_last(t) : t.is_contiguous()) return t;
-  Tensor like_input = torch::stable::empty_like(input);
-  return torch::stable::copy_(like_input, t);
-}
-
 // A (C,) tensor's values in the accumulate type; `missing` where there is none.
 template <typename Acc>
 std::vector<Acc> channel_values(const std::optional<Tensor>& v, int64_t C, Acc missing, const char* name) {
@@ -354,8 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
                                                       std::optional<Tensor> residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
   STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics must be defined in evaluation mode");
-  const bool channels_last = !input.is_contiguous() && is_channels_last(input);
-  input = channels_last ? input : torch::stable::contiguous(input);
+  const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
+  input = dense(input, channels_last);
   if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
   const Tiling tiling(layout_of(input, channels_last));
   const int64_t C = tiling.layout.channels, N = tiling.layout.outer * tiling.layout.inner;
@@ -406,8 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
                                                                std::optional<std::string> activation, bool needs_input,
                                                                bool needs_parameters, bool needs_residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
-  const bool channels_last = !input.is_contiguous() && is_channels_last(input);
-  input = channels_last ? input : torch::stable::contiguous(input);
+  const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
+  input = dense(input, channels_last);
   dy = in_layout_of(input, channels_last, dy, "dy");
   if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
   const Tiling tiling(layout_of(input, channels_last));

@@ -1,6 +1,7 @@
 """Handling a batch (N, C, ...) and vectors of its channels, (C,): shapes, layouts, and vmap's batch of batches."""
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 
 def all_but_channels(x):
@@ -23,10 +24,11 @@ def gain(weight, x):
 
 
 def dense(x):
-    """x itself where it is contiguous or channels_last, else a contiguous copy: the layouts that outputs can have."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    channels_last = x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
-    return x if channels_last else x.contiguous()
+    """x itself where it is contiguous or channels_last, else a copy: channels_last if its strides have that order.
+
+    These are the layouts that PyTorch's outputs have.
+    """
+    return x.contiguous(memory_format=suggest_memory_format(x))
 
 
 def in_layout_of(x, t):

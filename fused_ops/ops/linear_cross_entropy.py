@@ -264,7 +264,7 @@ def linear_cross_entropy(
         ignore_index: as in `cross_entropy`; None is -100. Refused beside class probabilities.
         options: PyTorch's `LinearCrossEntropyOptions`. Its `batch_chunk_size` serves as `chunk_size`; its other fields
             choose what PyTorch's own op gives up, and change nothing here.
-        chunk_size: how many rows of `input` have their logits in memory at a time. The default, a quarter of H and at
+        chunk_size: how many rows of `input` have their logits in memory at a time. The default, a half of H and at
             least 128, makes them small beside `linear_weight` and still keeps the matrix products efficient.
 
     Returns:
@@ -292,7 +292,7 @@ def linear_cross_entropy(
     x = input.reshape(-1, H)  # (N, H)
     now = _in_forward_pass(reduction)
     needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
-    settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or max(128, H // 4)
+    settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or max(128, H // 2)
     loss, *_ = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
     if not autocast:
         loss = loss.to(torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype)

@@ -1,69 +1,16 @@
-"""The cases that every op is tested on. A new op adds an entry to `OPS`; the tests find it there.
-
-A sample is built anew for each test, from a dtype and a device, with the same values every time. No weight is all
-zeros or ones: those hide a wrong backward pass.
-"""
+"""The cases of cross-entropy and of linear cross-entropy."""
 
 import itertools
-import zlib
-from typing import Any, Callable, Dict, NamedTuple
 
 import torch
 
-import fused_ops
-from fused_ops._op import accumulate_dtype
-
-
-class Sample(NamedTuple):
-    args: tuple  # of the public function; the tensors to differentiate by require grad
-    kwargs: Dict[str, Any]
-
-
-class Case(NamedTuple):
-    """Builds one sample; `gradcheck` is False where there is no number to check (NaN) or too many are."""
-
-    build: Callable[..., Sample]
-    gradcheck: bool = True
-
-
-class Op(NamedTuple):
-    function: Callable  # ours
-    torch_function: Callable  # the one it replaces
-    cases: Dict[str, Case]
-
-
-class Maker:
-    """Makes the tensors of one case: by default of the dtype under test, requiring grad."""
-
-    def __init__(self, name, dtype, device):
-        self.dtype, self.device = dtype, device
-        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-
-    def __call__(self, *shape, low=-3.0, high=3.0, dtype=None, requires_grad=True):
-        values = torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low
-        return values.to(self.device, dtype or self.dtype).requires_grad_(requires_grad)
-
-    def weights(self, *shape, **kwargs):
-        return self(*shape, low=0.2, high=2.0, **kwargs)
-
-    def indices(self, *shape, classes):
-        return torch.randint(0, max(classes, 1), shape, generator=self.generator).to(self.device)
-
-    def probabilities(self, *shape):
-        t = self(*shape, requires_grad=False)
-        return torch.softmax(t.double(), 0 if len(shape) == 1 else 1).to(self.dtype).requires_grad_()
-
-
-def leaf(t):
-    """A tensor with the strides of `t`, cut off from its history."""
-    return t.detach().requires_grad_()
-
-
-# ------------------------------------------------------------------------------------------------------ cross-entropy
+from samples.making import Case, Maker, Sample, leaf
 
 
 def torch_cross_entropy(input, target, *args, z_loss=0.0, softcap=None, **kwargs):
     """PyTorch's, with the two options that it does not have written out."""
+    # it takes uint8 indices, but fails with those of images: "expected scalar type Long but found Byte"
+    target = target if target.is_floating_point() else target.long()
     if softcap is not None:
         input = softcap * (input / softcap).tanh()
     loss = torch.nn.functional.cross_entropy(input, target, *args, **kwargs)
@@ -253,9 +200,6 @@ def cross_entropy_cases():
     return cases
 
 
-# ----------------------------------------------------------------------------------------------- linear cross-entropy
-
-
 def torch_linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, chunk_size=None, **kwargs):
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
@@ -301,131 +245,3 @@ def linear_cross_entropy_cases():
     case("empty-none", shape=(0, 4), reduction="none")
     case("many-chunks", shape=(300, 24), out=(50,), gradcheck=False)
     return cases
-
-
-# --------------------------------------------------------------------------------------------------------- batch norm
-
-
-def composed_batch_norm(*args, activation=None, residual=None, **kwargs):
-    """What PyTorch takes three functions for."""
-    y = torch.nn.functional.batch_norm(*args, **kwargs)
-    y = y if residual is None else y + residual
-    return y if activation is None else getattr(torch.nn.functional, activation)(y)
-
-
-def batch_norm_cases():
-    cases = {}
-
-    def case(name, shape, gradcheck=True, view=None, training=True, mixed=False, residual=None, **changed):
-        """A batch norm of this shape; `view` changes the strides of the input, `changed` replaces arguments.
-
-        `residual` makes the residual from a tensor that has the values of one and is contiguous.
-        """
-
-        def build(dtype, device):
-            make = Maker(name, dtype, device)
-            x = make(*shape)
-            x = x if view is None else leaf(view(x))
-            C = x.shape[1]
-            learnt = {"dtype": accumulate_dtype(dtype) if mixed else dtype}
-            fixed = {**learnt, "requires_grad": False}
-            arguments = {
-                "running_mean": make(C, **fixed),
-                "running_var": make.weights(C, **fixed),
-                "weight": make.weights(C, **learnt),
-                "bias": make(C, **learnt),
-                "training": training,
-            }
-            if residual is not None:
-                arguments["residual"] = leaf(residual(make(*x.shape)))
-            return Sample((x,), {**arguments, **changed})
-
-        cases[name] = Case(build, gradcheck)
-
-    no_statistics = {"running_mean": None, "running_var": None}
-    shapes = [(5, 3), (2, 1), (4, 1), (9, 37), (4, 3, 5), (2, 3, 1), (2, 3, 4, 5), (1, 3, 2, 1), (2, 3, 2, 2, 3)]
-    for shape, training in itertools.product(shapes, (True, False)):
-        name = f"{'x'.join(map(str, shape))}-{'training' if training else 'evaluation'}"
-        case(name, shape, training=training)
-        case(f"{name}-no-affine", shape, training=training, weight=None, bias=None)
-    case("weight-only", (5, 3), bias=None)
-    case("bias-only", (5, 3), weight=None)
-    case("no-statistics", (5, 3), **no_statistics)
-    case("no-statistics-no-affine", (4, 3, 5), weight=None, bias=None, **no_statistics)
-    case("momentum-0", (5, 3), momentum=0.0)
-    case("momentum-1", (5, 3), momentum=1.0)
-    case("momentum-0.7-eps-0.1", (5, 3), momentum=0.7, eps=0.1)
-    case("one-row-evaluation", (1, 3), training=False)
-    case("large-mean", (64, 3), view=lambda x: x + 300, gradcheck=False)
-    for shape in [(0, 3), (2, 3, 0)]:
-        case(f"empty-{'x'.join(map(str, shape))}-training", shape)
-        case(f"empty-{'x'.join(map(str, shape))}-evaluation", shape, training=False)
-
-    # strides
-    last, last_3d = torch.channels_last, torch.channels_last_3d
-    case("transposed", (3, 5), view=lambda x: x.t())
-    case("transposed-3d", (4, 5, 3), view=lambda x: x.transpose(1, 2))
-    case("sliced", (10, 6), view=lambda x: x[::2, ::2])
-    case("expanded", (5, 3, 1), view=lambda x: x.expand(5, 3, 4), gradcheck=False)
-    case("permuted-4d", (2, 4, 5, 3), view=lambda x: x.permute(1, 3, 0, 2))
-    for training in (True, False):
-        suffix = "training" if training else "evaluation"
-        case(f"channels-last-{suffix}", (2, 3, 4, 5), view=lambda x: x.to(memory_format=last), training=training)
-        case(
-            f"channels-last-3d-{suffix}", (2, 3, 2, 2, 3), view=lambda x: x.to(memory_format=last_3d), training=training
-        )
-    case("channels-last-one-channel", (3, 1, 4, 5), view=lambda x: x.to(memory_format=last))
-    case("channels-last-sliced", (2, 6, 4, 5), view=lambda x: x.to(memory_format=last)[:, ::2])
-
-    # more than one tile each way: see Tiling in csrc/cpu/batch_norm.cpp
-    case("tiles-rows", (70, 1100), gradcheck=False)
-    case("tiles-many-rows", (20000, 3), gradcheck=False)
-    case("tiles-planes", (3, 5, 150, 151), gradcheck=False)
-    case("tiles-small-planes", (70, 600, 2), gradcheck=False)
-    case("tiles-channels-last", (3, 40, 21, 20), view=lambda x: x.to(memory_format=last), gradcheck=False)
-
-    # a 16-bit input with float32 parameters and statistics
-    for training in (True, False):
-        suffix = "training" if training else "evaluation"
-        case(f"mixed-{suffix}", (9, 5), training=training, mixed=True, gradcheck=False)
-
-    # what follows the affine part
-    def same(r):
-        return r
-
-    activations = ("relu", "leaky_relu", "tanh", "gelu", "silu")
-    for activation, adds, training in itertools.product((None, *activations), (False, True), (True, False)):
-        name = f"{activation}{'-residual' * adds}-{'training' if training else 'evaluation'}"
-        if activation or adds:
-            case(name, (4, 3, 2), training=training, activation=activation, residual=same if adds else None)
-    strided = {"residual": lambda r: r.transpose(0, 1).contiguous().transpose(0, 1)}
-    case("tanh-residual-no-affine", (5, 3), activation="tanh", residual=same, weight=None, bias=None)
-    case("silu-weight-only", (5, 3), activation="silu", bias=None)
-    case("gelu-residual-bias-only-evaluation", (5, 3), False, activation="gelu", weight=None, training=False, **strided)
-    case("residual-expanded", (5, 3, 4), gradcheck=False, residual=lambda r: r[:1].expand(5, 3, 4))
-    case("tanh-residual-transposed", (5, 3), activation="tanh", **strided)
-    case("silu-residual-transposed-input", (3, 5), view=lambda x: x.t(), activation="silu", residual=same)
-    case("gelu-residual-channels-last", (2, 3, 4, 5), activation="gelu", residual=lambda r: r.to(memory_format=last))
-    case(
-        "tanh-channels-last-residual",
-        (2, 3, 4, 5),
-        view=lambda x: x.to(memory_format=last),
-        activation="tanh",
-        residual=same,
-    )
-    case("relu-residual-mixed", (9, 5), mixed=True, gradcheck=False, activation="relu", residual=same)
-    case("silu-empty", (0, 3), activation="silu", residual=same)
-    # several strips to a tile: see kStrip in csrc/cpu/batch_norm.cpp
-    case("strips-rows", (70, 600), gradcheck=False, activation="tanh", **strided)
-    case("strips-planes", (2, 3, 50, 51), gradcheck=False, activation="gelu", residual=same)
-    case("strips-small-planes", (9, 300, 9), gradcheck=False, activation="silu", residual=same)
-    return cases
-
-
-OPS = {
-    "cross_entropy": Op(fused_ops.functional.cross_entropy, torch_cross_entropy, cross_entropy_cases()),
-    "linear_cross_entropy": Op(
-        fused_ops.functional.linear_cross_entropy, torch_linear_cross_entropy, linear_cross_entropy_cases()
-    ),
-    "batch_norm": Op(fused_ops.functional.batch_norm, composed_batch_norm, batch_norm_cases()),
-}
