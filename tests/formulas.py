@@ -199,7 +199,9 @@ class Numbers:
         for symbol in symbols:
             known = self.known.get(str(symbol))
             self.drawn.setdefault(symbol, self.random.uniform(self.low, self.high) if known is None else known)
-        function = sp.lambdify(symbols, list(expressions.flat), [self.functions, "math"], cse=True)
+        arguments = [sp.Dummy() for _ in symbols]  # lambdify's own names cannot be among these
+        unnamed = [sp.sympify(e).xreplace(dict(zip(symbols, arguments, strict=True))) for e in expressions.flat]
+        function = sp.lambdify(arguments, unnamed, [self.functions, "math"], cse=True)
         values = function(*(self.drawn[symbol] for symbol in symbols))
         return torch.tensor(values, dtype=torch.float64).view(expressions.shape)
 
