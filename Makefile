@@ -2,6 +2,7 @@
 # make test         set everything up and run the tests                  make test ARGS="-k cross_entropy"
 # make memory       measure the peak memory of linear cross-entropy     make memory ARGS="--rows 512 --dtype bfloat16"
 # make lint         check the code's style
+# make docs         collect the docstrings that derive the gradients into docs/derivations.md
 # make clean        remove what these made
 #
 # FUSED_OPS_BUILD=0 before any of them leaves the kernels out: every op runs its PyTorch reference.
@@ -17,7 +18,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed-$(if $(filter 0,$(FUSED_OPS_BUILD)),references,kernels)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: train test memory lint clean
+.PHONY: train test memory lint docs clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -33,6 +34,9 @@ lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*/*)
+
+docs:
+	$(PYTHON) docs/make_derivations.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info fused_ops/*.so

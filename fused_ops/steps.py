@@ -17,7 +17,7 @@ The rules that every step below uses, each on a line of the network:
     counts times `counts`, and the loss times `dcounts` more: dnorm_logits = counts · dcounts. A step's backward pass
     needs only what comes back to its output and the values it saw.
 3.  **A value used in several places sums what comes back from each.** counts is used by counts_sum and by probs; a
-    nudge of it moves the loss through both: dcounts is the sum of two terms. `backward` below does that summing.
+    nudge of it moves the loss through both: dcounts is the sum of two terms. The function `backward` does that summing.
 4.  **Broadcasting forward is a sum backward.** hprebn = embcat @ W1 + b1 uses b1 once in each row, that is in N
     places, so (rule 3) db1 = dhprebn.sum(0).
 5.  **A sum forward is a broadcast backward.** counts_sum adds up a row of counts, so each of them moves it alike:

@@ -35,7 +35,7 @@ class LeakyRelu:
 
     @staticmethod
     def derivative(z):
-        return torch.where(z > 0, 1.0, LeakyRelu.SLOPE).to(z.dtype)
+        return z.new_ones(()).where(z > 0, LeakyRelu.SLOPE)  # of z's dtype: float32 would round it
 
     @staticmethod
     def second_derivative(z):

@@ -1,0 +1,86 @@
+"""Write docs/derivations.md: the docstrings that derive the gradients, in reading order. `make docs` runs it.
+
+It reads the sources and imports none of them, so any Python runs it. `tests/test_derivations.py` keeps the page fresh.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/derivations.md"
+OPS = "fused_ops/ops/"
+
+TITLE = "# Derivations"
+INTRODUCTION = """\
+How every gradient of `fused_ops` is derived: the rules that all of it rests on, and then, op by op, the forward
+formula, the first derivative, and the second derivatives with forward mode. `make docs` collects this page from the
+docstrings of the files it names, which are the text to edit. The tests prove the formulas in them by sympy, and compare
+them with the code."""
+
+# heading, file, and the names in it whose docstrings to take; None is the file's own
+SECTIONS = (
+    ("## The rules", "fused_ops/steps.py", (None,)),
+    ("## Cross-entropy", OPS + "cross_entropy.py", (None,)),
+    ("### Forward", OPS + "cross_entropy.py", ("cross_entropy_forward",)),
+    ("### First derivative", OPS + "cross_entropy.py", ("cross_entropy_backward",)),
+    ("### Second derivatives and forward mode", OPS + "cross_entropy_derivatives.py", (None,)),
+    ("## Linear cross-entropy", OPS + "linear_cross_entropy.py", (None,)),
+    ("### Forward", OPS + "linear_cross_entropy.py", ("linear_cross_entropy_forward",)),
+    ("### First derivative", OPS + "linear_cross_entropy.py", ("linear_cross_entropy_backward",)),
+    ("### Second derivatives and forward mode", OPS + "linear_cross_entropy_derivatives.py", (None,)),
+    ("## Batch norm", OPS + "batch_norm.py", (None,)),
+    ("### Forward", OPS + "batch_norm.py", ("batch_norm_forward",)),
+    ("### First derivative", OPS + "batch_norm.py", ("batch_norm_backward",)),
+    (
+        "### Second derivatives and forward mode",
+        OPS + "batch_norm_derivatives.py",
+        (None, "Point.along", "output_along", "gradients_along", "gradients_pulled_back"),
+    ),
+    ("### Activations", OPS + "_activations.py", (None, "Relu", "LeakyRelu", "Tanh", "Gelu", "Silu")),
+)
+
+
+def page():
+    """The whole page, as Markdown."""
+    blocks, previous = [TITLE, INTRODUCTION], None
+    for heading, file, names in SECTIONS:
+        blocks += [heading] if file == previous else [heading, f"From [{Path(file).name}](../{file})."]
+        previous = file
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        nodes = {node.name: node for node in ast.walk(tree) if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+        nodes[None] = tree
+        for name in names:
+            if name is not None and len(names) > 1:
+                blocks.append(f"**`{name}`**")
+            blocks += markdown(ast.get_docstring(nodes[name and name.rpartition(".")[2]]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def markdown(docstring):
+    """A docstring's paragraphs; neighbours that are indented are one block of code."""
+    blocks = []
+    for paragraph in docstring.split("\n\n"):
+        lines = paragraph.splitlines()
+        if not all(line.startswith("    ") for line in lines):
+            blocks.append(re.sub(r"`([\w./]+)`", linked, paragraph))
+            continue
+        code = "\n".join(line[4:] for line in lines)
+        if blocks and blocks[-1].endswith("\n```"):
+            blocks[-1] = f"{blocks[-1].removesuffix('```')}\n{code}\n```"
+        else:
+            blocks.append(f"```text\n{code}\n```")
+    return blocks
+
+
+def linked(name):
+    """A name in backticks, as a link if it is that of a file or module here."""
+    module = name[1].replace(".", "/") + ".py"
+    for file in (name[1], module, OPS + module):
+        if file.endswith(".py") and (ROOT / file).is_file():
+            return f"[{name[0]}](../{file})"
+    return name[0]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
