@@ -122,7 +122,8 @@ def test_opcheck(op, case, device):
     """torch.library's own checks of an op's schema, autograd registration, fake kernel and tracing."""
     for fused, args in op_calls(op, case.build(torch.float32, device)):
         tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-        if not any(t.isnan().any() for t in tensors([args, fused(*copies(args))])):  # these two hold NaN unequal to NaN
-            tests += ["test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
+        # Tracing with static shapes is in test_modes.py. With dynamic ones it holds NaN unequal to NaN.
+        if not any(t.isnan().any() for t in tensors([args, fused(*copies(args))])):
+            tests.append("test_aot_dispatch_dynamic")
         results = torch.library.opcheck(fused, args, test_utils=tests)
         assert set(results.values()) == {"SUCCESS"}
