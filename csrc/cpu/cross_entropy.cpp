@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
         log_z[n] = std::log(row.z);
         losses[n] = 0;
         if (classes.ignored(n)) return;
-        const Acc dense = row.t_sum * log_z[n] + row.distance;  // Σ t·(lse − s)
+        const Acc dense = C ? row.t_sum * log_z[n] + row.distance : Acc(0);  // Σ t·(lse − s)
         if constexpr (Targets::kProbabilities) {
           losses[n] = dense;
         } else {

@@ -15,6 +15,10 @@ namespace fused_ops {
 constexpr int kWarp = 32, kMaxWarps = 32;
 constexpr int64_t kMaxBlocks = 1 << 20;  // further rows are taken in turns
 
+// Before a kernel's name: it uses no more registers than a block of the largest size has, on every card. (Without the 1
+// compilers aim for more blocks at a time, and spill.)
+#define FUSED_OPS_ANY_BLOCK __launch_bounds__(kWarp* kMaxWarps, 1)
+
 // Threads for a row of C elements: whole warps, with about four elements a thread.
 inline int threads_for(int64_t C) {
   int threads = kWarp;

@@ -58,7 +58,8 @@ __device__ Acc sum_targets(int64_t C, Targets t) {
 }
 
 template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-__global__ void row_losses(DeviceRows<T> rows, Cap cap, Targets targets, Acc* m_out, Acc* log_z_out, Acc* losses) {
+__global__ void FUSED_OPS_ANY_BLOCK row_losses(DeviceRows<T> rows, Cap cap, Targets targets, Acc* m_out, Acc* log_z_out,
+                                               Acc* losses) {
   for (int64_t n = blockIdx.x; n < rows.N; n += gridDim.x) {
     const T* x = rows.x + n * rows.C;
     const auto t = targets.row(n * rows.C);
@@ -78,8 +79,9 @@ __global__ void row_losses(DeviceRows<T> rows, Cap cap, Targets targets, Acc* m_
     const Acc t_sum = sum_targets<Acc>(rows.C, t);
     if (threadIdx.x > 0) continue;
 
-    m = isnan(z) && isfinite(m) ? z : m;                                          // a NaN among the logits
-    const Acc log_z = log(z), lse = m + log_z, dense = t_sum * log_z + distance;  // dense: Σ t·(lse − s)
+    m = isnan(z) && isfinite(m) ? z : m;  // a NaN among the logits
+    const Acc log_z = log(z), lse = m + log_z;
+    const Acc dense = rows.C ? t_sum * log_z + distance : Acc(0);  // Σ t·(lse − s)
     const int64_t y = rows.target(n);
     Acc loss = 0;
     if constexpr (Targets::kProbabilities) {
@@ -97,7 +99,8 @@ __global__ void row_losses(DeviceRows<T> rows, Cap cap, Targets targets, Acc* m_
 
 // In one block: what the mean divides by, and the losses' sum or mean (`loss` is null where they are not reduced).
 template <typename T, typename Acc = accumulate_t<T>>
-__global__ void reduce_losses(DeviceRows<T> rows, const Acc* losses, bool mean, Acc* loss, Acc* divisor) {
+__global__ void FUSED_OPS_ANY_BLOCK reduce_losses(DeviceRows<T> rows, const Acc* losses, bool mean, Acc* loss,
+                                                  Acc* divisor) {
   double sum = 0, kept_weight = 0;
   for (int64_t n = threadIdx.x; n < rows.N; n += blockDim.x) {
     const int64_t y = rows.target(n);
@@ -114,8 +117,9 @@ __global__ void reduce_losses(DeviceRows<T> rows, const Acc* losses, bool mean, 
 // dx_c = g·(A·p_c − t_c)·k_c and dy_c = g·dt/dy·(lse − s_c), where not null. dx may lie where x does: a thread reads an
 // element before it writes it, and nobody else reads it. `divisor` is null but for the mean.
 template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-__global__ void row_gradients(DeviceRows<T> rows, Cap cap, Targets targets, const Acc* m, const Acc* log_z,
-                              const Acc* dlosses, bool per_row, const Acc* divisor, T* dlogits, T* dtarget) {
+__global__ void FUSED_OPS_ANY_BLOCK row_gradients(DeviceRows<T> rows, Cap cap, Targets targets, const Acc* m,
+                                                  const Acc* log_z, const Acc* dlosses, bool per_row,
+                                                  const Acc* divisor, T* dlogits, T* dtarget) {
   const Acc share = rows.label_smoothing / rows.C;
   Acc w_sum = 0;  // Σ w, of smoothed class indices
   if constexpr (Targets::kDense && !Targets::kProbabilities) w_sum = sum_targets<Acc>(rows.C, targets);

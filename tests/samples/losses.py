@@ -85,6 +85,14 @@ def cross_entropy_cases():
             "softcap": 9.0,
         }
 
+    @case("indices-4099", gradcheck=False)  # a row for more threads than a block of a CUDA card has
+    def _(make):
+        return (make(3, 4099), make.indices(3, classes=4099)), {"label_smoothing": 0.1}
+
+    @case("probabilities-3x0-none")
+    def _(make):
+        return (make(3, 0), make.probabilities(3, 0)), {"reduction": "none"}
+
     @case("probabilities-large", gradcheck=False)
     def _(make):
         return (make(20, 1003), make.probabilities(20, 1003)), {"label_smoothing": 0.1}
