@@ -10,6 +10,7 @@
 
 #include "../activations.h"
 #include "../checks.h"
+#include "huge_pages.h"
 #include "tiles.h"
 
 namespace fused_ops {
@@ -213,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
   const Tiling tiling(layout_of(input, channels_last));
   const int64_t C = tiling.layout.channels, N = tiling.layout.outer * tiling.layout.inner;
   const auto acc_type = accumulate_type(input.scalar_type());
-  Tensor y = torch::stable::empty_like(input);
+  Tensor y = on_huge_pages(torch::stable::empty_like(input));
   Tensor mean_out = torch::stable::new_empty(input, {C}, acc_type);
   Tensor rstd_out = torch::stable::new_empty(input, {C}, acc_type);
 
@@ -274,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
   // what is not needed comes back empty
   const bool through_statistics = needs_input && training;
   const auto like_input = [&](bool needed) {
-    return needed ? torch::stable::empty_like(input) : torch::stable::new_empty(input, {0});
+    return needed ? on_huge_pages(torch::stable::empty_like(input)) : torch::stable::new_empty(input, {0});
   };
   needs_residual = needs_residual && activation;  // without an activation it is dy
   Tensor dx_out = like_input(needs_input), dresidual_out = like_input(needs_residual);

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "huge_pages.h"
 #include "vectorize.h"
 
 namespace fused_ops {
@@ -211,8 +212,8 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor dloss, Tensor logits, T
   const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   check_targets(rows);
   const RowGradients gradients(rows, dloss, stats, divisor);
-  Tensor dlogits = gradient_or_nothing(rows, needs_logits);
-  Tensor dtarget = gradient_or_nothing(rows, needs_target && rows.probabilities);
+  Tensor dlogits = on_huge_pages(gradient_or_nothing(rows, needs_logits));
+  Tensor dtarget = on_huge_pages(gradient_or_nothing(rows, needs_target && rows.probabilities));
   if (dlogits.numel() || dtarget.numel())
     dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
       using T = decltype(scalar);
@@ -228,7 +229,7 @@ Tensor cross_entropy_backward_(Tensor dloss, Tensor logits, Tensor target, std::
   const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   check_targets(rows);
   const RowGradients gradients(rows, dloss, stats, divisor);
-  Tensor dtarget = gradient_or_nothing(rows, needs_target && rows.probabilities);
+  Tensor dtarget = on_huge_pages(gradient_or_nothing(rows, needs_target && rows.probabilities));
   dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
     row_gradients<T>(rows, gradients, logits.mutable_data_ptr<T>(), data_or_null<T>(dtarget));

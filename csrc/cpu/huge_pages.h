@@ -1,0 +1,27 @@
+// Large outputs on huge pages. At 100 MB, what a kernel waits for is not the memory but its page faults, one for every
+// 4 KiB that it touches first; huge pages have 2 MiB each.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fused_ops {
+
+// The tensor itself, before anything is written to it. Where the system refuses, it stays as it is.
+inline torch::stable::Tensor on_huge_pages(torch::stable::Tensor t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
+}  // namespace fused_ops
