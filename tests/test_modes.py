@@ -188,6 +188,22 @@ def test_autocast_computes_the_loss_in_float32(loss, target, reduction, dtype):
 
 
 @every_loss
+def test_a_loss_scale_keeps_float16_gradients_from_vanishing(loss):
+    """Gradients of 1e-7, which float16 cannot hold, times a loss scale, as torch.amp.GradScaler has it."""
+    inputs = [t.detach().half().requires_grad_() for t in (INPUT * 1e-4, LINEAR_WEIGHT * 1e-4)]
+    target = CLASSES.expand(100, N).reshape(-1)
+
+    def scaled_gradients(f):
+        input, linear_weight = inputs
+        loss = f(input.repeat(100, 1), linear_weight, target, None)
+        return torch.autograd.grad(loss * 2.0**15, inputs)
+
+    ours, theirs = scaled_gradients(loss), scaled_gradients(torch_linear_cross_entropy)
+    assert all(t.count_nonzero() > 0.9 * t.numel() for t in theirs)
+    assert_close(ours, theirs, rtol=0.02, atol=1e-3)
+
+
+@every_loss
 def test_inference_mode(loss):
     with torch.inference_mode():
         ours, theirs = (f(INPUT, LINEAR_WEIGHT, CLASSES, LINEAR_BIAS) for f in (loss, torch_linear_cross_entropy))

@@ -16,7 +16,7 @@ computed, turned into their gradient where they lie, multiplied into dx, added i
 
 And in time: if the loss is reduced to one number, its gradients are those for dloss = 1 times dloss. They can be worked
 out in the forward pass, while the chunk's logits are there, and the backward pass only multiplies. Otherwise (reduction
-"none", a second backward pass, second derivatives) it computes the logits once more.
+"none", float16, a second backward pass, second derivatives) it computes the logits once more.
 """
 
 from typing import List, Optional, Tuple
@@ -290,7 +290,7 @@ def linear_cross_entropy(
     b = None if linear_bias is None else linear_bias.reshape(C, -1).t().reshape(-1)  # (D·C)
     y = as_rows(target) if target.is_floating_point() else target.reshape(-1).long()  # (N·D, C) or (N·D)
     x = input.reshape(-1, H)  # (N, H)
-    now = _in_forward_pass(reduction)
+    now = _in_forward_pass(reduction, x.dtype)
     needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
     settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or max(128, H // 2)
     loss, *_ = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
@@ -299,10 +299,15 @@ def linear_cross_entropy(
     return loss.reshape(without_classes(shape)) if reduction == "none" else loss
 
 
-def _in_forward_pass(reduction):
-    """Whether the gradients can be made in the forward pass: there will be one number to multiply them by, and nothing
-    that would differentiate or batch the pass itself."""
-    return reduction != "none" and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+def _in_forward_pass(reduction, dtype):
+    """Whether the gradients can be made in the forward pass: there will be one number to multiply them by, nothing that
+    would differentiate or batch the pass itself, and no dtype in which they might vanish before a loss scale comes."""
+    return (
+        reduction != "none"
+        and dtype != torch.float16
+        and torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _autocast(t):
