@@ -1,0 +1,209 @@
+"""What is measured: for each op its sizes, its implementations, and the least work that any implementation has to do.
+
+The limit of a pass is that least work at the speed measured beside it. Of n bytes of logits or activations:
+
+    cross_entropy           forward reads the logits (n), backward reads them and writes their gradient (2n);
+                            both together could do with one reading (2n): the gradient of a mean is known row by row
+    batch_norm              forward reads x and writes y (2n), backward reads x and dy and writes dx (3n);
+                            both 5n, since dy is not known before the forward pass has ended
+    batch_norm + add + relu forward reads the residual, too (3n), and backward writes its gradient (4n); both 7n.
+                            The mask of relu is not counted: a bit an element would do
+    linear_cross_entropy    one matrix product of 2·N·H·C FLOPs forward, two backward; both 6·N·H·C
+
+Targets, parameters and statistics are small beside these and not counted.
+"""
+
+import functools
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+import torch.nn.functional as torch_F
+
+import fused_ops
+import fused_ops.functional as F
+
+PASSES = ("forward", "backward", "both")
+FUSED = "fused_ops"
+IN_PLACE = "fused_ops, inplace_grad"
+CHUNKED = "PyTorch, chunked"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    function: Callable  # of the case's tensors
+    context: Callable = nullcontext  # entered around forward and backward
+    optional: bool = False  # may fail, as a compiler may be missing: a row less, and the reason
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """One set of inputs: the arguments, which of them get gradients, and the gradient of the output if it's no loss."""
+
+    args: tuple
+    upstream: torch.Tensor | None = None
+
+    def inputs(self):
+        return [t for t in self.args if t.requires_grad]
+
+    def nbytes(self):
+        return self.args[0].nbytes
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    shape: tuple
+    dtype: torch.dtype
+    tensors: Callable  # device -> Tensors
+    eager: Callable  # of the tensors, as a user of PyTorch writes it
+    fused: Callable
+    work: dict  # pass -> times the bytes of the input; of a matrix product: the number of products
+    variant: str = ""
+    bound: str = "copy"  # or "gemm": what the limit is measured by
+    others: dict = field(default_factory=dict)  # further implementations by name
+    quick: bool = False  # measured with --quick
+    curve: bool = False  # only there to show how cost grows with size
+
+    @property
+    def size(self):
+        return "x".join(map(str, self.shape))
+
+    @property
+    def dtype_name(self):
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def name(self):
+        return " ".join(filter(None, (self.op, self.size, self.dtype_name, self.variant)))
+
+    def implementations(self):
+        """By name, in the order of the table. PyTorch's eager mode is first: the others are compared with it."""
+        return {
+            "eager": Implementation(self.eager),
+            # dynamic=False: a kernel for this size, as the others have, and not for the sizes measured before
+            "torch.compile": Implementation(torch.compile(self.eager, dynamic=False), optional=True),
+            **self.others,
+            "reference": Implementation(self.fused, context=fused_ops.reference_mode),
+            FUSED: Implementation(self.fused),
+            **({IN_PLACE: Implementation(_cross_entropy_in_place)} if self.op == "cross_entropy" else {}),
+        }
+
+
+def _cross_entropy_in_place(input, target):
+    return F.cross_entropy(input, target, inplace_grad=True)
+
+
+def cross_entropy(rows, classes, dtype, **options):
+    def tensors(device):
+        input = torch.randn(rows, classes, dtype=dtype, device=device).requires_grad_()
+        return Tensors((input, torch.randint(classes, (rows,), device=device)))
+
+    return Case(
+        op="cross_entropy",
+        shape=(rows, classes),
+        dtype=dtype,
+        tensors=tensors,
+        eager=torch_F.cross_entropy,
+        fused=F.cross_entropy,
+        work={"forward": 1, "backward": 2, "both": 2},
+        **options,
+    )
+
+
+def _norm(input, weight, bias, running_mean, running_var):
+    return torch_F.batch_norm(input, running_mean, running_var, weight, bias, training=True)
+
+
+def _norm_add_relu(input, weight, bias, running_mean, running_var, residual):
+    y = torch_F.batch_norm(input, running_mean, running_var, weight, bias, training=True)
+    return torch_F.relu(y + residual)
+
+
+def _fused_norm(input, weight, bias, running_mean, running_var, residual=None, activation=None):
+    options = {"activation": activation, "residual": residual}
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training=True, **options)
+
+
+def batch_norm(shape, dtype=torch.float32, add_relu=False, channels_last=False, **options):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def tensors(device):
+        def like_input():
+            return torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=layout)
+
+        parameters = [torch.randn(shape[1], dtype=dtype, device=device).requires_grad_() for _ in range(2)]
+        running = torch.zeros(shape[1], dtype=dtype, device=device), torch.ones(shape[1], dtype=dtype, device=device)
+        residual = [like_input().requires_grad_()] if add_relu else []
+        return Tensors((like_input().requires_grad_(), *parameters, *running, *residual), upstream=like_input())
+
+    return Case(
+        op="batch_norm",
+        shape=shape,
+        dtype=dtype,
+        tensors=tensors,
+        eager=_norm_add_relu if add_relu else _norm,
+        fused=functools.partial(_fused_norm, activation="relu") if add_relu else _fused_norm,
+        work={"forward": 3, "backward": 4, "both": 7} if add_relu else {"forward": 2, "backward": 3, "both": 5},
+        variant=" ".join(["channels_last"] * channels_last + ["add relu"] * add_relu),
+        **options,
+    )
+
+
+def _linear_then_loss(input, linear_weight, target):
+    return torch_F.cross_entropy(torch_F.linear(input, linear_weight), target)
+
+
+def _chunked(input, linear_weight, target):
+    options = torch.nn.LinearCrossEntropyOptions()
+    return torch_F.linear_cross_entropy(input, linear_weight, target, options=options)
+
+
+def linear_cross_entropy(rows, features, classes, dtype, **options):
+    def tensors(device):
+        input = torch.randn(rows, features, dtype=dtype, device=device).requires_grad_()
+        linear_weight = torch.randn(classes, features, dtype=dtype, device=device).mul_(0.02).requires_grad_()
+        return Tensors((input, linear_weight, torch.randint(classes, (rows,), device=device)))
+
+    return Case(
+        op="linear_cross_entropy",
+        shape=(rows, features, classes),
+        dtype=dtype,
+        tensors=tensors,
+        eager=_linear_then_loss,
+        fused=F.linear_cross_entropy,
+        work={"forward": 1, "backward": 2, "both": 3},
+        bound="gemm",
+        others={CHUNKED: Implementation(_chunked, optional=True)},  # from torch 2.13 on
+        **options,
+    )
+
+
+def flops(shape):
+    """Of the one matrix product forward."""
+    return 2 * math.prod(shape)
+
+
+def all_cases():
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    yield cross_entropy(32, 27, float32, quick=True)  # the network of names
+    for dtype in (float32, bfloat16):
+        yield cross_entropy(1024, 1000, dtype, quick=dtype == bfloat16)
+        for rows, classes in ((4096, 8192), (2048, 32000), (512, 128256)):
+            yield cross_entropy(rows, classes, dtype)
+    for classes in (64, 1024, 16384):
+        yield cross_entropy(512, classes, float32, curve=True)
+
+    for add_relu in (False, True):
+        for shape in ((32, 200), (4096, 64), (4096, 1024), (65536, 256)):
+            yield batch_norm(shape, add_relu=add_relu, quick=shape == (32, 200))
+        for shape in ((32, 64, 56, 56), (32, 256, 14, 14)):
+            for channels_last in (False, True):
+                yield batch_norm(shape, add_relu=add_relu, channels_last=channels_last)
+    for rows in (32, 1024, 8192):
+        yield batch_norm((rows, 256), curve=True)
+
+    yield linear_cross_entropy(256, 128, 4096, float32, quick=True)
+    yield linear_cross_entropy(2048, 768, 32000, float32)

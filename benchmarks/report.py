@@ -1,0 +1,101 @@
+"""The table, in the terminal and as Markdown, and the files: results.json, results.csv, results.md."""
+
+import csv
+import json
+import os
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cases import PASSES
+from benchmarks.memory import processor
+
+ROOT = Path(__file__).parent.parent
+
+
+def machine(device):
+    """What the times depend on, and can't be told from them."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),  # before the run: whether the machine had something else to do
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+    }
+
+
+def _commit():
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # not a checkout
+        return None
+
+
+def description(machine):
+    on = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
+    return (
+        f"torch {machine['torch']}, {machine['threads']} threads on {machine['cores']} cores, {on}, {machine['date']}"
+    )
+
+
+def tables(rows):
+    """A table for each op."""
+    for op in dict.fromkeys(row["op"] for row in rows):
+        table = Table(title=f"{op}: milliseconds, ratios, peak memory", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("")
+        for header in (*PASSES, "÷ eager", "÷ limit", "MiB"):
+            table.add_column(header, justify="right", min_width=8)
+        previous = None
+        for row in rows:
+            if row["op"] != op:
+                continue
+            if (case := _case(row)) != previous:
+                table.add_section()
+                limits = [_number(row[f"{of_pass}_limit_ms"]) for of_pass in PASSES]
+                table.add_row(f"{case}: limit", *limits, "", "1.00", "", style="italic")
+            table.add_row(
+                row["implementation"],
+                *(_number(row[f"{of_pass}_ms"]) for of_pass in PASSES),
+                _number(row["both_to_eager"]),
+                _number(row["both_to_limit"]),
+                "" if row["peak_mib"] is None else f"{max(0, row['peak_mib']):.0f}",
+                style="bold" if row["implementation"] == "fused_ops" else None,
+            )
+            previous = case
+        yield table
+
+
+def _case(row):
+    dtype = "" if row["dtype"] == "float32" else row["dtype"]
+    return " ".join(filter(None, ("x".join(map(str, row["shape"])), dtype, row["variant"])))
+
+
+def _number(value):
+    """Three figures."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def write(output, machine, rows, skipped):
+    output.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine, "skipped": skipped, "rows": rows}
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    with open(output / "results.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *machine])
+        writer.writeheader()
+        writer.writerows({**row, "shape": "x".join(map(str, row["shape"])), **machine} for row in rows)
+    with open(output / "results.md", "w", encoding="utf-8") as file:
+        console = Console(file=file, width=200)
+        console.print(f"{description(machine)}, commit {machine['commit']}.\n", soft_wrap=True)
+        for table in tables(rows):
+            console.print(f"## {table.title}")
+            table.title, table.box = None, box.MARKDOWN
+            console.print(table)
