@@ -1,6 +1,7 @@
 # make train        set everything up and train on the shipped names     make train ARGS="--steps 2000 --backward steps"
 # make test         set everything up and run the tests                  make test ARGS="-k cross_entropy"
 # make memory       measure the peak memory of linear cross-entropy     make memory ARGS="--rows 512 --dtype bfloat16"
+# make bench        measure speed and memory beside PyTorch's           make bench ARGS="--only batch_norm --quick"
 # make lint         check the code's style
 # make docs         collect the docstrings that derive the gradients into docs/derivations.md
 # make clean        remove what these made
@@ -18,7 +19,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed-$(if $(filter 0,$(FUSED_OPS_BUILD)),references,kernels)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: train test memory lint docs clean
+.PHONY: train test memory bench lint docs clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -29,6 +30,9 @@ test: $(INSTALLED)
 
 memory: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/memory.py $(ARGS)
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks $(ARGS)
 
 lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .
@@ -49,7 +53,7 @@ $(VENV)/torch: Makefile
 
 $(INSTALLED): $(VENV)/torch $(SOURCES)
 	rm -rf build fused_ops/*.so $(VENV)/installed-*
-	$(PIP) install --no-build-isolation --editable ".[test]"
+	$(PIP) install --no-build-isolation --editable ".[test,bench]"
 	touch $@
 
 $(VENV)/linters: $(VENV)/torch

@@ -23,6 +23,10 @@ LEAST_FOR_PEAK = 4 * MIB  # of input: below, the resident set tells more of the 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the norm of what eager gives
 
 
+class WrongResult(Exception):
+    """An implementation does not give what PyTorch's eager mode gives."""
+
+
 class CaseRun:
     """One case on one device: its implementations, warmed up and compared, and the times of the blocks so far."""
 
@@ -46,7 +50,7 @@ class CaseRun:
                     _check(name, results, expected, TOLERANCE[case.dtype])
                     del results
                     self.peaks[name] = peak(lambda: _results(implementation, copies[-1]), original, device)  # noqa: B023
-            except AssertionError:
+            except WrongResult:
                 raise
             except Exception as error:
                 if not implementation.optional:
@@ -149,7 +153,8 @@ def _check(name, results, expected, tolerance):
     """All implementations must do the same: a benchmark of a wrong result says nothing."""
     for result, of_eager in zip(results, expected, strict=True):
         error = torch.dist(result.float(), of_eager.float()) / of_eager.float().norm()
-        assert error <= tolerance, f"{name} is off by {error:.1e} of the norm of PyTorch's result"
+        if not error <= tolerance:  # also if it is NaN
+            raise WrongResult(f"{name} is off by {error:.1e} of the norm of PyTorch's result")
 
 
 def _timed(function):

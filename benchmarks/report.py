@@ -1,6 +1,7 @@
 """The table, in the terminal and as Markdown, and the files: results.json, results.csv, results.md."""
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -47,10 +48,10 @@ def description(machine):
     )
 
 
-def tables(rows):
+def tables(rows, style=box.SIMPLE_HEAD):
     """A table for each op."""
     for op in dict.fromkeys(row["op"] for row in rows):
-        table = Table(title=f"{op}: milliseconds, ratios, peak memory", title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=f"{op}: milliseconds, ratios, peak memory", title_justify="left", box=style)
         table.add_column("")
         for header in (*PASSES, "÷ eager", "÷ limit", "MiB"):
             table.add_column(header, justify="right", min_width=8)
@@ -59,7 +60,8 @@ def tables(rows):
             if row["op"] != op:
                 continue
             if (case := _case(row)) != previous:
-                table.add_section()
+                if style != box.MARKDOWN:  # which would show a row of dashes
+                    table.add_section()
                 limits = [_number(row[f"{of_pass}_limit_ms"]) for of_pass in PASSES]
                 table.add_row(f"{case}: limit", *limits, "", "1.00", "", style="italic")
             table.add_row(
@@ -92,10 +94,14 @@ def write(output, machine, rows, skipped):
         writer = csv.DictWriter(file, [*rows[0], *machine])
         writer.writeheader()
         writer.writerows({**row, "shape": "x".join(map(str, row["shape"])), **machine} for row in rows)
-    with open(output / "results.md", "w", encoding="utf-8") as file:
-        console = Console(file=file, width=200)
-        console.print(f"{description(machine)}, commit {machine['commit']}.\n", soft_wrap=True)
-        for table in tables(rows):
-            console.print(f"## {table.title}")
-            table.title, table.box = None, box.MARKDOWN
-            console.print(table)
+    (output / "results.md").write_text(_markdown(machine, rows), encoding="utf-8")
+
+
+def _markdown(machine, rows):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(f"{description(machine)}, commit {machine['commit']}.", soft_wrap=True)
+    for table in tables(rows, box.MARKDOWN):
+        console.print(f"\n## {table.title}")
+        table.title = None
+        console.print(table)
+    return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines())
