@@ -7,7 +7,6 @@ it on their own device, so no Python code ever asks which device it is on.
 """
 
 import importlib.machinery
-import inspect
 import os
 import warnings
 from pathlib import Path
@@ -55,7 +54,6 @@ def below_autograd(op):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    forward.__signature__ = inspect.signature(forward)  # which PyTorch would else work out at each call
     return staticmethod(forward)
 
 
@@ -69,12 +67,16 @@ def differentiable(op, function):
     the second derivative would silently lack a part.
     """
     function.generate_vmap_rule = function.vmap is torch.autograd.Function.vmap
+    # Function.apply less what it does for torch.func, which takes longer than a small op
+    apply_outside_transforms = super(torch.autograd.Function, function).apply
 
     def apply(*args):
         interpreters = torch._C._functorch.get_interpreter_stack()
-        if not (interpreters or torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        if not interpreters:
+            if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+                return apply_outside_transforms(*args)
             return function.forward(*args)  # nobody differentiates this call: it need not pay for a graph
-        if interpreters and [i.key() for i in interpreters].count(torch._C._functorch.TransformType.Jvp) > 1:
+        if [i.key() for i in interpreters].count(torch._C._functorch.TransformType.Jvp) > 1:
             raise RuntimeError(
                 f"{function.__name__}: forward mode within forward mode is not supported; "
                 "use reverse mode for one of the two, as torch.func.hessian does"
