@@ -61,8 +61,9 @@ def differentiable(op, function):
     """A callable that is `op`, differentiated by an `autograd.Function` with `setup_context`, `backward` and `jvp`.
 
     It works in every mode: under `torch.func.vmap`, by the function's own `vmap` if it has one, else op by op; and
-    under `torch.compile` and `torch.export`, which see one op. For these the function is the op's autograd kernel, too,
-    so that a direct call of the op, as exported programs have it, is just as differentiable.
+    under `torch.compile` and `torch.export`, which see one op (but the reference, if they trace a transform of
+    `torch.func`). For these the function is the op's autograd kernel, too, so that a direct call of the op, as exported
+    programs have it, is just as differentiable.
     Forward mode within forward mode raises a RuntimeError: there PyTorch takes what a jvp returns for a constant, and
     the second derivative would silently lack a part.
     """
@@ -86,7 +87,11 @@ def differentiable(op, function):
     LIB.impl(op.name().removeprefix("fused_ops::"), apply, "Autograd")
 
     def call(*args):
-        return op(*args) if torch.compiler.is_compiling() else apply(*args)
+        if not torch.compiler.is_compiling():
+            return apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            return REFERENCES[op](*args)  # plain ops, which the compiler can differentiate and batch as it traces
+        return op(*args)
 
     return call
 
