@@ -89,6 +89,29 @@ FUSED_OPS_HOST_DEVICE inline float exp(float x) {
 #endif
 }
 
+FUSED_OPS_HOST_DEVICE inline double exp_of_softmax(double x) { return std::exp(x); }
+
+// exp(x) for the x of a softmax, which are not above 0 but by rounding: where exp(x) is denormal it is 0, and 2^n one
+// addition to the exponent. In all else as exp above.
+FUSED_OPS_HOST_DEVICE inline float exp_of_softmax(float x) {
+#ifdef __CUDA_ARCH__
+  return ::expf(x);
+#else
+  const float t = x * 1.44269504f + 12582912.0f;  // its low bits are n
+  const float n = t - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const float scaled = bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(t) << 23));
+  return x < -87.33654f ? 0.0f : scaled;
+#endif
+}
+
 FUSED_OPS_HOST_DEVICE inline double tanh(double x) { return std::tanh(x); }
 
 // tanh(x) = 1 − 2 / (exp(2x) + 1), and near zero, where that cancels, the polynomial of Cephes' tanhf. Without branches

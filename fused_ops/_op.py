@@ -7,7 +7,6 @@ it on their own device, so no Python code ever asks which device it is on.
 """
 
 import importlib.machinery
-import inspect
 import os
 import warnings
 from pathlib import Path
@@ -55,7 +54,6 @@ def below_autograd(op):
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    forward.__signature__ = inspect.signature(forward)  # which PyTorch would else work out at each call
     return staticmethod(forward)
 
 
@@ -63,18 +61,23 @@ def differentiable(op, function):
     """A callable that is `op`, differentiated by an `autograd.Function` with `setup_context`, `backward` and `jvp`.
 
     It works in every mode: under `torch.func.vmap`, by the function's own `vmap` if it has one, else op by op; and
-    under `torch.compile` and `torch.export`, which see one op. For these the function is the op's autograd kernel, too,
-    so that a direct call of the op, as exported programs have it, is just as differentiable.
+    under `torch.compile` and `torch.export`, which see one op (but the reference, if they trace a transform of
+    `torch.func`). For these the function is the op's autograd kernel, too, so that a direct call of the op, as exported
+    programs have it, is just as differentiable.
     Forward mode within forward mode raises a RuntimeError: there PyTorch takes what a jvp returns for a constant, and
     the second derivative would silently lack a part.
     """
     function.generate_vmap_rule = function.vmap is torch.autograd.Function.vmap
+    # Function.apply less what it does for torch.func, which takes longer than a small op
+    apply_outside_transforms = super(torch.autograd.Function, function).apply
 
     def apply(*args):
         interpreters = torch._C._functorch.get_interpreter_stack()
-        if not (interpreters or torch.is_grad_enabled() or forward_ad._current_level >= 0):
+        if not interpreters:
+            if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+                return apply_outside_transforms(*args)
             return function.forward(*args)  # nobody differentiates this call: it need not pay for a graph
-        if interpreters and [i.key() for i in interpreters].count(torch._C._functorch.TransformType.Jvp) > 1:
+        if [i.key() for i in interpreters].count(torch._C._functorch.TransformType.Jvp) > 1:
             raise RuntimeError(
                 f"{function.__name__}: forward mode within forward mode is not supported; "
                 "use reverse mode for one of the two, as torch.func.hessian does"
@@ -84,7 +87,11 @@ def differentiable(op, function):
     LIB.impl(op.name().removeprefix("fused_ops::"), apply, "Autograd")
 
     def call(*args):
-        return op(*args) if torch.compiler.is_compiling() else apply(*args)
+        if not torch.compiler.is_compiling():
+            return apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            return REFERENCES[op](*args)  # plain ops, which the compiler can differentiate and batch as it traces
+        return op(*args)
 
     return call
 

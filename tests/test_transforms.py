@@ -17,6 +17,7 @@ def losses(F):
     return {
         "cross_entropy": lambda x: F.cross_entropy(x, torch.tensor([2, 0, 1]), label_smoothing=0.1),
         "cross_entropy probabilities": lambda x: F.cross_entropy(x, X.softmax(1).to(x)),
+        "linear_cross_entropy": lambda x: F.linear_cross_entropy(x, X.cos().to(x), torch.tensor([2, 0, 1])),
         "batch_norm": lambda x: F.batch_norm(x, None, None, training=True).sin().sum(),
         "batch_norm residual": lambda x: F.batch_norm(x, **BATCH_STATISTICS, residual=x.sin()).sin().sum(),
         "batch_norm gelu": lambda x: (
@@ -30,6 +31,10 @@ class WrittenOut:
     """What to expect. torch's own batch norm has wrong third derivatives, and wrong second ones in forward mode."""
 
     cross_entropy = staticmethod(torch.nn.functional.cross_entropy)
+
+    @staticmethod
+    def linear_cross_entropy(x, linear_weight, target):
+        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, linear_weight), target)
 
     @staticmethod
     def batch_norm(x, running_mean, running_var, weight=None, bias=None, training=True, activation=None, residual=None):
@@ -55,6 +60,14 @@ TRANSFORMS = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_transforms(name, transform):
     torch.testing.assert_close(transform(LOSSES[name])(X.double()), transform(EXPECTED[name])(X.double()))
+
+
+@pytest.mark.parametrize("transform", ["grad", "hessian", "jvp"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_transforms(name, transform):
+    torch.compiler.reset()
+    compiled = torch.compile(TRANSFORMS[transform](LOSSES[name]), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X.double()), TRANSFORMS[transform](EXPECTED[name])(X.double()))
 
 
 def third_derivatives(f):

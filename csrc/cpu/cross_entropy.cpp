@@ -30,7 +30,7 @@ FUSED_OPS_VECTORIZED void sum_row(const T* x, int64_t C, Cap cap, Targets t, Row
   }
   Acc m = cap(largest);
 #pragma omp simd reduction(+ : z)
-  for (int64_t c = 0; c < C; ++c) z += exp(cap(widen(x[c])) - m);
+  for (int64_t c = 0; c < C; ++c) z += exp_of_softmax(cap(widen(x[c])) - m);
   if constexpr (Targets::kDense) {
 #pragma omp simd reduction(+ : t_sum, distance)
     for (int64_t c = 0; c < C; ++c) {
@@ -59,7 +59,7 @@ FUSED_OPS_VECTORIZED void row_gradient(const T* x, int64_t C, Cap cap, Targets t
 #pragma omp simd
   for (int64_t c = 0; c < C; ++c) {
     const Acc s = cap(widen(x[c]));
-    dx[c] = narrow<T>((gA * exp(s - m - log_z) - g_t * t(c)) * cap.slope(s));
+    dx[c] = narrow<T>((gA * exp_of_softmax(s - m - log_z) - g_t * t(c)) * cap.slope(s));
   }
 }
 
@@ -138,7 +138,7 @@ void row_gradients(const Rows& rows, const RowGradients& gradients, T* dx, T* dy
         const Acc w_y = classes.weight(n), nll_t = static_cast<Acc>(1 - rows.label_smoothing) * w_y;
         const Acc gA = g * (nll_t + share * w_sum + z_slope);
         const int64_t y = classes.y[n];
-        const Acc s_y = cap(widen(x_n[y])), p_y = exp(s_y - m[n] - log_z[n]);  // read before dx is written
+        const Acc s_y = cap(widen(x_n[y])), p_y = exp_of_softmax(s_y - m[n] - log_z[n]);  // read before dx is written
         row_gradient<T>(x_n, C, cap, t, m[n], log_z[n], gA, g * share, dx_n);
         dx_n[y] = narrow<T>((gA * p_y - g * (nll_t + share * w_y)) * cap.slope(s_y));
       }

@@ -65,7 +65,8 @@ def cross_entropy_forward(
     """
     x = logits.to(accumulate_dtype(logits.dtype))  # (N, C)
     s, _ = softcapped(x, softcap)  # (N, C)
-    m = s.amax(1, keepdim=True) if s.shape[1] else s.new_full((s.shape[0], 1), -torch.inf)  # (N, 1)
+    # m cancels out of all that follows: no derivative passes through it
+    m = s.detach().amax(1, keepdim=True) if s.shape[1] else s.new_full((s.shape[0], 1), -torch.inf)  # (N, 1)
     log_z = (s - m).exp().sum(1, keepdim=True).log()  # (N, 1)
     neg_logp = log_z - (s - m)  # (N, C)
 
