@@ -56,7 +56,8 @@ def _bars(op, rows):
             bars = {_label(row): row["both_to_limit"] for row in of_panel if row["implementation"] == name}
             places = [cases.index(label) + (i - (len(names) - 1) / 2) * width for label in bars]
             drawn = ax.bar(places, bars.values(), width * 0.92, color=COLORS[name], label=name)
-            ax.bar_label(drawn, fmt=_short, fontsize=6.5, padding=1)
+            on_white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where the limit runs through it
+            ax.bar_label(drawn, fmt=_short, fontsize=6.5, padding=1.5, bbox=on_white)
         limit = ax.axhline(1, color="black", linewidth=1.2, label="limit of the machine")
         ax.set_yscale("log")
         ax.set_ylim(min(0.5, ax.get_ylim()[0]), ax.get_ylim()[1] * 1.5)
