@@ -63,18 +63,13 @@ FUSED_OPS_HOST_DEVICE inline T narrow(accumulate_t<T> x) {
   }
 }
 
-FUSED_OPS_HOST_DEVICE inline double exp(double x) { return std::exp(x); }
+// Adding 1.5·2^23 to a float leaves no bits for a fraction: the addition itself rounds to the nearest integer, which is
+// then in the low bits of the sum.
+constexpr float kRounder = 12582912.0f;
+constexpr float kInverseLn2 = 1.44269504f;
 
-// exp(x) = 2^n · exp(r), with n = round(x / ln 2) and |r| ≤ ln 2 / 2; exp(r) by the minimax polynomial of Cephes' expf.
-// Without branches or calls, so that compilers vectorise loops over it. Error under 2 ulp; NaN stays NaN.
-FUSED_OPS_HOST_DEVICE inline float exp(float x) {
-#ifdef __CUDA_ARCH__
-  return ::expf(x);
-#else
-  x = x < -110.0f ? -110.0f : x;  // exp is 0 here already
-  x = x > 89.0f ? 89.0f : x;      // and inf here
-  // Adding 1.5·2^23 leaves no bits for a fraction: the addition itself rounds to the nearest integer.
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+// exp(x − n·ln 2), for an n that leaves at most ln 2 / 2, by the minimax polynomial of Cephes' expf.
+inline float exp_of_remainder(float x, float n) {
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in n·part
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -82,34 +77,36 @@ FUSED_OPS_HOST_DEVICE inline float exp(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
+  return (p * r) * r + r + 1.0f;
+}
+
+FUSED_OPS_HOST_DEVICE inline double exp(double x) { return std::exp(x); }
+
+// exp(x) = 2^n · exp(r), with n = round(x / ln 2) and |r| ≤ ln 2 / 2. Without branches or calls, so that compilers
+// vectorise loops over it. Error under 2 ulp; NaN stays NaN.
+FUSED_OPS_HOST_DEVICE inline float exp(float x) {
+#ifdef __CUDA_ARCH__
+  return ::expf(x);
+#else
+  x = x < -110.0f ? -110.0f : x;  // exp is 0 here already
+  x = x > 89.0f ? 89.0f : x;      // and inf here
+  const float n = (x * kInverseLn2 + kRounder) - kRounder;
+  const float p = exp_of_remainder(x, n);
   // 2^n as two factors, since n reaches the exponents of denormals and of inf.
   const int32_t i = static_cast<int32_t>(n), half = i >> 1;
   return p * bit_cast<float>((half + 127) << 23) * bit_cast<float>((i - half + 127) << 23);
 #endif
 }
 
-FUSED_OPS_HOST_DEVICE inline double exp_of_softmax(double x) { return std::exp(x); }
+inline double exp_of_softmax(double x) { return std::exp(x); }
 
 // exp(x) for the x of a softmax, which are not above 0 but by rounding: where exp(x) is denormal it is 0, and 2^n one
 // addition to the exponent. In all else as exp above.
-FUSED_OPS_HOST_DEVICE inline float exp_of_softmax(float x) {
-#ifdef __CUDA_ARCH__
-  return ::expf(x);
-#else
-  const float t = x * 1.44269504f + 12582912.0f;  // its low bits are n
-  const float n = t - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  const float scaled = bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(t) << 23));
+inline float exp_of_softmax(float x) {
+  const float rounded = x * kInverseLn2 + kRounder;
+  const float p = exp_of_remainder(x, rounded - kRounder);
+  const float scaled = bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(rounded) << 23));
   return x < -87.33654f ? 0.0f : scaled;
-#endif
 }
 
 FUSED_OPS_HOST_DEVICE inline double tanh(double x) { return std::tanh(x); }
