@@ -96,6 +96,11 @@ def differentiable(op, function):
     return call
 
 
+def batch_first(t, dim, B):
+    """vmap's batch, of size B, as the first dimension of a tensor that has it at `dim`, or (None) does not have it."""
+    return t.expand(B, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
 def looped(apply, info, in_dims, args):
     """What a function's `vmap` returns where there is no batched form: the samples one by one."""
 

@@ -3,6 +3,8 @@
 import torch
 from torch._prims_common import suggest_memory_format
 
+from fused_ops._op import batch_first
+
 
 def all_but_channels(x):
     return [0, *range(2, x.dim())]
@@ -40,7 +42,7 @@ def folded(t, dim, B):
     """vmap's batch as channels: (N, B·C, ...) of an input, (B·C,) of a vector of channels. Other arguments stay."""
     if not isinstance(t, torch.Tensor):
         return t
-    t = t.expand(B, *t.shape) if dim is None else t.movedim(dim, 0)  # (B, N, C, ...) or (B, C)
+    t = batch_first(t, dim, B)  # (B, N, C, ...) or (B, C)
     return t.flatten() if t.dim() == 2 else t.movedim(0, 1).flatten(1, 2)
 
 

@@ -36,7 +36,15 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy_reduction
 
-from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, is_autocast_enabled, looped
+from fused_ops._op import (
+    accumulate_dtype,
+    batch_first,
+    below_autograd,
+    define,
+    differentiable,
+    is_autocast_enabled,
+    looped,
+)
 from fused_ops.ops._logits import as_rows, check_loss, without_classes
 from fused_ops.ops.cross_entropy_derivatives import (
     RowDerivatives,
@@ -186,7 +194,7 @@ class CrossEntropy(torch.autograd.Function):
         if in_dims[2] is not None:
             return looped(_cross_entropy, info, in_dims, (logits, target, weight, ignore_index, reduction, *smooth))
         B = info.batch_size
-        logits, target = (_batch_first(t, dim, B) for t, dim in zip((logits, target), in_dims, strict=False))
+        logits, target = (batch_first(t, dim, B) for t, dim in zip((logits, target), in_dims, strict=False))
         N = logits.shape[1]
         rows = logits.flatten(0, 1), target.flatten(0, 1)
         losses, stats, _ = _cross_entropy(*rows, weight, ignore_index, "none", *smooth)  # (B·N), (2, B·N)
@@ -241,9 +249,9 @@ class CrossEntropyBackward(torch.autograd.Function):
         if in_dims[3] is not None:
             return looped(_cross_entropy_backward, info, in_dims, args)
         B = info.batch_size
-        _, _, _, weight, stats, _, ignore_index, reduction, *options = args
-        dloss, logits, target, divisor = (_batch_first(args[i], in_dims[i], B) for i in (0, 1, 2, 5))
-        stats = stats.expand(B, *stats.shape) if in_dims[4] is None else stats.movedim(in_dims[4], 0)  # (B, 2, N)
+        _, _, _, weight, _, _, ignore_index, reduction, *options = args
+        # (B) or (B, N), (B, N, C), (B, N) or (B, N, C), (B, 2, N), (B)
+        dloss, logits, target, stats, divisor = (batch_first(args[i], in_dims[i], B) for i in (0, 1, 2, 4, 5))
         N = logits.shape[1]
         g = dloss / divisor if reduction == "mean" else dloss  # (B) or (B, N)
         g = g.view(B, -1).expand(B, N).flatten()  # (B·N)
@@ -359,8 +367,3 @@ def cross_entropy(
     if not is_autocast_enabled(input.device):
         loss = loss.to(dtype)
     return loss.reshape(without_classes(input.shape)) if reduction == "none" else loss
-
-
-def _batch_first(t, dim, B):
-    """vmap's batch as the first dimension."""
-    return t.expand(B, *t.shape) if dim is None else t.movedim(dim, 0)
