@@ -24,6 +24,7 @@ import torch.nn.functional as torch_F
 
 import fused_ops
 import fused_ops.functional as F
+from benchmarks import memory
 
 PASSES = ("forward", "backward", "both")
 FUSED = "fused_ops"
@@ -152,15 +153,6 @@ def batch_norm(shape, dtype=torch.float32, add_relu=False, channels_last=False, 
     )
 
 
-def _linear_then_loss(input, linear_weight, target):
-    return torch_F.cross_entropy(torch_F.linear(input, linear_weight), target)
-
-
-def _chunked(input, linear_weight, target):
-    options = torch.nn.LinearCrossEntropyOptions()
-    return torch_F.linear_cross_entropy(input, linear_weight, target, options=options)
-
-
 def linear_cross_entropy(rows, features, classes, dtype, **options):
     def tensors(device):
         input = torch.randn(rows, features, dtype=dtype, device=device).requires_grad_()
@@ -172,11 +164,11 @@ def linear_cross_entropy(rows, features, classes, dtype, **options):
         shape=(rows, features, classes),
         dtype=dtype,
         tensors=tensors,
-        eager=_linear_then_loss,
+        eager=memory.eager,
         fused=F.linear_cross_entropy,
         work={"forward": 1, "backward": 2, "both": 3},
         bound="gemm",
-        others={CHUNKED: Implementation(_chunked, optional=True)},  # from torch 2.13 on
+        others={CHUNKED: Implementation(memory.chunked, optional=True)},  # from torch 2.13 on
         **options,
     )
 
