@@ -79,7 +79,6 @@ def test_batch_norm_with_an_activation():
         fused_ops.nn.BatchNorm2d(4, activation="softplus")
 
 
-@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # torch.compile does
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_training_batch_norm_compiles_without_graph_breaks(dynamic, momentum):

@@ -136,7 +136,6 @@ def test_forward_mode_within_forward_mode_is_refused_not_wrong(loss):
         derivative(derivative(loss, X.cos()), X.sin())(X)
 
 
-@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # torch.compile does
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_compiles_without_graph_breaks(loss, dynamic):
