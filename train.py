@@ -32,7 +32,7 @@ DEFAULTS = {
     "out": "out",
 }
 FIXED = ("hidden", "batch_size", "block_size", "lr", "seed")  # what a checkpoint can only be continued with
-LOG_EVERY = 100  # steps: how often the running loss is read and shown
+LOG_EVERY = 100  # steps: how often the running loss is read and shown, and Ctrl-C looked for
 SAMPLES = 20
 LONGEST_SAMPLE = 100  # characters: a badly trained model may never end a name
 
@@ -139,23 +139,20 @@ class Run:
 
     def train(self, interrupts):
         """Train until the last step, or until there are `interrupts`; says whether the run is complete."""
-        pending = []  # losses not yet read back from the device
-        total, X, Y = self.options["steps"], *self.splits["train"]
+        total, (X, Y) = self.options["steps"], self.splits["train"]
+        half = (total + 1) // 2
         with tqdm(total=total, initial=len(self.losses), unit="step") as bar:
-            for step in range(len(self.losses), total):
-                lr = self.options["lr"] * (1 if step < total / 2 else 0.1)
-                batch = ladder.minibatch(X, Y, self.options["batch_size"], self.generator)
-                pending.append(self.rung.train(*batch, lr))
-                if len(pending) == LOG_EVERY or step + 1 == total or interrupts:
-                    bar.set_postfix_str(f"loss {self.read_losses(pending):.4f}", refresh=False)
-                    bar.update(len(pending))
-                    pending.clear()
-                if interrupts:
-                    break
+            while len(self.losses) < total and not interrupts:
+                done = len(self.losses)
+                lr, end = (self.options["lr"], half) if done < half else (self.options["lr"] * 0.1, total)
+                steps = min(LOG_EVERY - done % LOG_EVERY, end - done)
+                losses = self.rung.train(X, Y, lr, self.options["batch_size"], steps, self.generator)
+                bar.set_postfix_str(f"loss {self.read_losses(losses):.4f}", refresh=False)
+                bar.update(steps)
         return len(self.losses) == total
 
-    def read_losses(self, pending):
-        losses = torch.stack(pending).tolist()
+    def read_losses(self, losses):
+        losses = losses.tolist()
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean) or not all(values.isfinite().all() for values in self.rung.state.values()):
             raise Refused(f"the loss is no longer finite after {len(self.losses)} steps: try a smaller --lr")

@@ -1,4 +1,5 @@
-"""The rungs of the ladder: one network of names, trained by autograd, by elementary steps, or by our fused layers.
+"""The rungs of the ladder: one network of names, trained by autograd, by elementary steps, by our fused layers, or in
+one op.
 
 Every rung starts from the same parameters, sees the same minibatches and takes the same steps of stochastic gradient
 descent, so the losses agree to rounding. Only who works out the gradients differs.
@@ -51,14 +52,22 @@ def predict(state, X):
     return torch.tanh(state["bngain"] * bnraw + state["bnbias"]) @ state["W2"] + state["b2"]  # (N, V)
 
 
-class StepsRung:
+class Rung:
+    """Trains the network; `state` is its parameters and running statistics, by name."""
+
+    def train(self, X, Y, lr, batch_size, steps, generator):
+        """That many steps of gradient descent, on a minibatch each; returns their losses, (steps,)."""
+        return torch.stack([self.step(*minibatch(X, Y, batch_size, generator), lr) for _ in range(steps)])
+
+
+class StepsRung(Rung):
     """Every elementary step and its gradient by hand (`fused_ops.steps`), with PyTorch's biased variance."""
 
     def __init__(self, state):
         self.state = state
 
     @torch.no_grad()
-    def train(self, Xb, Yb, lr):
+    def step(self, Xb, Yb, lr):
         """One step of gradient descent on a minibatch; returns its loss, ()."""
         parameters = {name: self.state[name] for name in steps.PARAMETERS}
         values = steps.forward(parameters, Xb, Yb, correction=0)
@@ -88,32 +97,37 @@ class Network(torch.nn.Module):
         return self.criterion(self.output(h), Y)  # ()
 
 
-class LayersRung:
-    """An nn.Module trained by `loss.backward()` and `torch.optim.SGD`.
+def state_of(network, state):
+    """Give a network the values of `state`; returns the same state, as views of the network's own tensors.
 
-    Its `state` is made of views of the module's own tensors: W1 and W2 are transposed, bngain and bnbias are rows.
+    W1 and W2 are transposed there, bngain and bnbias are rows.
     """
+    views = {
+        "C": network.embedding.weight.detach(),
+        "W1": network.linear.weight.detach().T,
+        "b1": network.linear.bias.detach(),
+        "W2": network.output.weight.detach().T,
+        "b2": network.output.bias.detach(),
+        "bngain": network.norm.weight.detach()[None],
+        "bnbias": network.norm.bias.detach()[None],
+        "running_mean": network.norm.running_mean,
+        "running_var": network.norm.running_var,
+    }
+    for name, values in state.items():
+        views[name].copy_(values)
+    return views
+
+
+class LayersRung(Rung):
+    """An nn.Module trained by `loss.backward()` and `torch.optim.SGD`."""
 
     def __init__(self, layers, state):
         vocab_size, (fan_in, hidden) = len(state["C"]), state["W1"].shape
         self.network = Network(layers, vocab_size, fan_in, hidden).to(state["C"].device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.0)
-        net = self.network
-        self.state = {
-            "C": net.embedding.weight.detach(),
-            "W1": net.linear.weight.detach().T,
-            "b1": net.linear.bias.detach(),
-            "W2": net.output.weight.detach().T,
-            "b2": net.output.bias.detach(),
-            "bngain": net.norm.weight.detach()[None],
-            "bnbias": net.norm.bias.detach()[None],
-            "running_mean": net.norm.running_mean,
-            "running_var": net.norm.running_var,
-        }
-        for name, values in state.items():
-            self.state[name].copy_(values)
+        self.state = state_of(self.network, state)
 
-    def train(self, Xb, Yb, lr):
+    def step(self, Xb, Yb, lr):
         """One step of gradient descent on a minibatch; returns its loss, ()."""
         loss = self.network(Xb, Yb)
         self.optimizer.zero_grad()
@@ -123,8 +137,22 @@ class LayersRung:
         return loss.detach()
 
 
+class NetworkRung(Rung):
+    """The whole network as one op, and all its steps in one call."""
+
+    def __init__(self, state):
+        vocab_size, (fan_in, hidden) = len(state["C"]), state["W1"].shape
+        sizes = vocab_size, EMBEDDING_SIZE, fan_in // EMBEDDING_SIZE, hidden
+        self.network = fused_ops.nn.MLP(*sizes, eps=steps.EPS, momentum=MOMENTUM).to(state["C"].device)
+        self.state = state_of(self.network, state)
+
+    def train(self, X, Y, lr, batch_size, steps, generator):
+        return self.network.sgd_steps(X, Y, lr=lr, steps=steps, batch_size=batch_size, generator=generator)
+
+
 RUNGS = {
     "autograd": lambda state: LayersRung(torch.nn, state),
     "steps": StepsRung,
     "fused": lambda state: LayersRung(fused_ops.nn, state),
+    "network": NetworkRung,
 }

@@ -7,7 +7,7 @@ import torch
 from fused_ops import functional as F
 from fused_ops.ops._activations import check_activation
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss", "LinearCrossEntropyLoss"]
+__all__ = ["MLP", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -149,3 +149,50 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
         shown = ("num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "options", "chunk_size")
         settings = ", ".join(f"{name}={getattr(self, name)}" for name in (*shown, "z_loss", "softcap"))
         return f"in_features={self.linear.in_features}, bias={self.linear.bias is not None}, {settings}"
+
+
+class MLP(torch.nn.Module):
+    """The lecture's network, whose loss is one op: see `fused_ops.functional.mlp`.
+
+    An embedding of `block_size` characters, a linear layer to `hidden_features`, batch norm, tanh and a linear layer to
+    `num_embeddings` classes. Its parameters, for any optimiser, are those of the modules `embedding`, `linear`, `norm`
+    and `output`. These run where the logits are asked for; the loss takes their tensors alone, so no hook sees it.
+    """
+
+    def __init__(
+        self,
+        num_embeddings,
+        embedding_dim,
+        block_size,
+        hidden_features,
+        eps=1e-5,
+        momentum=0.1,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        made = {"device": device, "dtype": dtype}
+        self.embedding = torch.nn.Embedding(num_embeddings, embedding_dim, **made)
+        self.linear = torch.nn.Linear(block_size * embedding_dim, hidden_features, **made)
+        self.norm = BatchNorm1d(hidden_features, eps=eps, momentum=momentum, activation="tanh", **made)
+        self.output = torch.nn.Linear(hidden_features, num_embeddings, **made)
+
+    def forward(self, input, target=None):
+        """The logits of contexts (N, block_size), (N, num_embeddings); or with targets, (N,), their mean loss, ()."""
+        if target is None:
+            return self.output(self.norm(self.linear(self.embedding(input).flatten(1))))
+        if self.training:
+            self.norm.num_batches_tracked.add_(1)
+        return F.mlp(input, target, *self._tensors(), self.training, self.norm.momentum, self.norm.eps)
+
+    def sgd_steps(self, input, target, *, lr, steps, batch_size, generator=None):
+        """Train by plain gradient descent, all steps in one call: see `fused_ops.functional.mlp_sgd_steps`."""
+        self.norm.num_batches_tracked.add_(steps)
+        norm = {"momentum": self.norm.momentum, "eps": self.norm.eps}
+        draw = {"steps": steps, "batch_size": batch_size, "generator": generator}
+        return F.mlp_sgd_steps(input, target, *self._tensors(), lr=lr, **draw, **norm)
+
+    def _tensors(self):
+        linear, norm, output = self.linear, self.norm, self.output
+        parameters = linear.weight, linear.bias, norm.weight, norm.bias, output.weight, output.bias
+        return self.embedding.weight, *parameters, norm.running_mean, norm.running_var

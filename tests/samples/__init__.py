@@ -13,8 +13,17 @@ from samples.losses import (
     torch_linear_cross_entropy,
 )
 from samples.making import Op, Sample, leaf
+from samples.mlp import mlp_cases, torch_mlp
 
-__all__ = ["OPS", "Sample", "composed_batch_norm", "leaf", "torch_cross_entropy", "torch_linear_cross_entropy"]
+__all__ = [
+    "OPS",
+    "Sample",
+    "composed_batch_norm",
+    "leaf",
+    "torch_cross_entropy",
+    "torch_linear_cross_entropy",
+    "torch_mlp",
+]
 
 OPS = {
     "cross_entropy": Op(fused_ops.functional.cross_entropy, torch_cross_entropy, cross_entropy_cases()),
@@ -22,4 +31,5 @@ OPS = {
         fused_ops.functional.linear_cross_entropy, torch_linear_cross_entropy, linear_cross_entropy_cases()
     ),
     "batch_norm": Op(fused_ops.functional.batch_norm, composed_batch_norm, batch_norm_cases()),
+    "mlp": Op(fused_ops.functional.mlp, torch_mlp, mlp_cases()),
 }
