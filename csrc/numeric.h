@@ -68,9 +68,12 @@ FUSED_OPS_HOST_DEVICE inline T narrow(accumulate_t<T> x) {
 constexpr float kRounder = 12582912.0f;
 constexpr float kInverseLn2 = 1.44269504f;
 
+// ln 2 in two parts, the first with so few bits that a float has room for those of its product with any exponent.
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+
 // exp(x − n·ln 2), for an n that leaves at most ln 2 / 2, by the minimax polynomial of Cephes' expf.
 inline float exp_of_remainder(float x, float n) {
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in n·part
+  const float r = (x - n * kLn2High) - n * kLn2Low;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -107,6 +110,34 @@ inline float exp_of_softmax(float x) {
   const float p = exp_of_remainder(x, rounded - kRounder);
   const float scaled = bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(rounded) << 23));
   return x < -87.33654f ? 0.0f : scaled;
+}
+
+FUSED_OPS_HOST_DEVICE inline double log(double x) { return std::log(x); }
+
+// log(x) = n·ln 2 + log(1 + f), with x = 2^n · (1 + f) and √½ ≤ 1 + f < √2, by the polynomial of Cephes' logf. Without
+// branches or calls, like exp above. Error under 0.83 ulp; −inf at zero, NaN below, NaN stays NaN.
+FUSED_OPS_HOST_DEVICE inline float log(float x) {
+#ifdef __CUDA_ARCH__
+  return ::logf(x);
+#else
+  const bool denormal = x < 0x1p-126f;
+  const uint32_t root_half = 0x3F3504F3u;  // the bits of √½: from there on, the exponent's bits count powers of 2
+  const uint32_t beyond = bit_cast<uint32_t>(denormal ? x * 0x1p23f : x) - root_half;
+  const float n = static_cast<float>((static_cast<int32_t>(beyond) >> 23) - (denormal ? 23 : 0));
+  const float f = bit_cast<float>((beyond & 0x7FFFFFu) + root_half) - 1.0f, z = f * f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float log_1p = ((p * f * z + n * kLn2Low) - 0.5f * z) + f;  // and the low part of n·ln 2: smallest terms first
+  const float elsewhere = x < 0 ? NAN : (x == 0 ? -INFINITY : x);
+  return x > 0 && x < INFINITY ? log_1p + n * kLn2High : elsewhere;
+#endif
 }
 
 FUSED_OPS_HOST_DEVICE inline double tanh(double x) { return std::tanh(x); }
