@@ -37,7 +37,7 @@ bench: $(INSTALLED)
 lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*/*)
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
 
 docs:
 	$(PYTHON) docs/make_derivations.py
