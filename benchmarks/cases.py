@@ -9,12 +9,12 @@ The limit of a pass is that least work at the speed measured beside it. Of n byt
     batch_norm + add + relu forward reads the residual, too (3n), and backward writes its gradient (4n); both 7n.
                             The mask of relu is not counted: a bit an element would do
     linear_cross_entropy    one matrix product of 2·N·H·C FLOPs forward, two backward; both 6·N·H·C
+    mlp                     two matrix products of 2·N·H·(F + V) FLOPs together forward, twice that backward
 
 Targets, parameters and statistics are small beside these and not counted.
 """
 
 import functools
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Callable
@@ -61,9 +61,10 @@ class Case:
     tensors: Callable  # device -> Tensors
     eager: Callable  # of the tensors, as a user of PyTorch writes it
     fused: Callable
-    work: dict  # pass -> times the bytes of the input; of a matrix product: the number of products
+    work: dict  # pass -> times the bytes of the input; or times the FLOPs, where these are given
     variant: str = ""
-    bound: str = "copy"  # or "gemm": what the limit is measured by
+    flops: int | None = None  # of the matrix products forward; None: bytes are what limits the op
+    product: tuple | None = None  # rows, inner size and columns of the product that their rate is measured on
     others: dict = field(default_factory=dict)  # further implementations by name
     quick: bool = False  # measured with --quick
     curve: bool = False  # only there to show how cost grows with size
@@ -167,15 +168,47 @@ def linear_cross_entropy(rows, features, classes, dtype, **options):
         eager=memory.eager,
         fused=F.linear_cross_entropy,
         work={"forward": 1, "backward": 2, "both": 3},
-        bound="gemm",
+        flops=2 * rows * features * classes,
+        product=(rows, features, classes),
         others={CHUNKED: Implementation(memory.chunked, optional=True)},  # from torch 2.13 on
         **options,
     )
 
 
-def flops(shape):
-    """Of the one matrix product forward."""
-    return 2 * math.prod(shape)
+def _eager_mlp(input, target, C, W1, b1, bngain, bnbias, W2, b2, running_mean, running_var):
+    hprebn = torch_F.linear(torch_F.embedding(input, C).flatten(1), W1, b1)
+    h = torch.tanh(torch_F.batch_norm(hprebn, running_mean, running_var, bngain, bnbias, training=True))
+    return torch_F.cross_entropy(torch_F.linear(h, W2, b2), target)
+
+
+def mlp(rows, characters, embedding, hidden, vocab_size, **options):
+    fan_in = characters * embedding
+
+    def tensors(device):
+        def parameter(*shape, scale=1.0):
+            return torch.randn(shape, device=device).mul_(scale).requires_grad_()
+
+        C, W1 = parameter(vocab_size, embedding), parameter(hidden, fan_in, scale=fan_in**-0.5)
+        b1 = torch.zeros(hidden, device=device)  # without a gradient: batch norm takes b1 out, what is left is rounding
+        norm = parameter(hidden), parameter(hidden)
+        W2, b2 = parameter(vocab_size, hidden, scale=0.1), parameter(vocab_size)
+        running = torch.zeros(hidden, device=device), torch.ones(hidden, device=device)
+        X = torch.randint(vocab_size, (rows, characters), device=device)
+        Y = torch.randint(vocab_size, (rows,), device=device)
+        return Tensors((X, Y, C, W1, b1, *norm, W2, b2, *running))
+
+    return Case(
+        op="mlp",
+        shape=(rows, fan_in, hidden, vocab_size),
+        dtype=torch.float32,
+        tensors=tensors,
+        eager=_eager_mlp,
+        fused=functools.partial(F.mlp, training=True),
+        work={"forward": 1, "backward": 2, "both": 3},
+        flops=2 * rows * hidden * (fan_in + vocab_size),
+        product=(1024, 1024, 1024),  # one of the network's own is so small that the call would be measured
+        **options,
+    )
 
 
 def all_cases():
@@ -199,3 +232,6 @@ def all_cases():
 
     yield linear_cross_entropy(256, 128, 4096, float32, quick=True)
     yield linear_cross_entropy(2048, 768, 32000, float32)
+
+    yield mlp(32, 3, 10, 200, 27, quick=True)
+    yield mlp(256, 3, 10, 1000, 27)

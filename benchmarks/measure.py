@@ -8,6 +8,7 @@ its clock, `timer()`, which waits for CUDA, and its `Measurement`s, but a loop o
 
 import ctypes
 import gc
+import math
 import time
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ import torch
 from torch.utils.benchmark import Measurement, timer
 from torch.utils.benchmark.utils.common import TaskSpec
 
-from benchmarks.cases import PASSES, Case, Tensors, flops
+from benchmarks.cases import PASSES, Case, Tensors
 
 MIB = 2**20
 COPIES = {"cpu": 1, "cuda": 8}  # sets of inputs an iteration goes through: CUDA needs several in its queue to be busy
@@ -98,18 +99,18 @@ class CaseRun:
         self.times.setdefault(key, []).append(_measurement(times, number).median)
 
     def _speed_probe(self, tensors):
-        """A copy, or a matrix product, of this case's size into memory that is there already."""
-        if self.case.bound == "gemm":
-            input, linear_weight = (t.detach() for t in tensors.args[:2])
-            product = torch.empty(len(input), len(linear_weight), dtype=input.dtype, device=self.device)
-            return lambda: torch.mm(input, linear_weight.t(), out=product)
+        """A copy of this case's size, or its matrix product, into memory that is there already."""
+        if self.case.flops:
+            return product(*self.case.product, self.case.dtype, self.device)
         source, copy = tensors.args[0].detach(), tensors.args[0].detach().clone()
         return lambda: copy.copy_(source)
 
     def rows(self):
         """A dictionary for each implementation: the table's row."""
         probe = _measurement(self.times["speed"]).median  # seconds
-        nbytes, products = self.nbytes, self.case.bound == "gemm"
+        nbytes, flops = self.nbytes, self.case.flops
+        # of one unit of work; a copy moves 2 bytes a byte of input: it reads and it writes
+        unit = probe * flops / product_flops(self.case.product) if flops else probe / 2
         for name in self.implementations:
             row = {
                 "op": self.case.op,
@@ -119,13 +120,12 @@ class CaseRun:
                 "implementation": name,
                 "curve": self.case.curve,
                 "blocks": len(self.times["speed"]),
-                "copy_gb_per_s": None if products else 2 * nbytes / probe / 1e9,
-                "gemm_gflop_per_s": flops(self.case.shape) / probe / 1e9 if products else None,
+                "copy_gb_per_s": None if flops else 2 * nbytes / probe / 1e9,
+                "gemm_gflop_per_s": product_flops(self.case.product) / probe / 1e9 if flops else None,
             }
             for of_pass in PASSES:
                 measured = _measurement(self.times[name, of_pass])
-                # A copy moves 2 bytes a byte of input: it reads and it writes.
-                limit = probe * self.case.work[of_pass] / (1 if products else 2)
+                limit = unit * self.case.work[of_pass]
                 row[f"{of_pass}_ms"] = measured.median * 1e3
                 row[f"{of_pass}_iqr_ms"] = measured.iqr * 1e3
                 row[f"{of_pass}_limit_ms"] = limit * 1e3
@@ -137,6 +137,17 @@ class CaseRun:
     @property
     def nbytes(self):
         return self.tensors["eager"][0].nbytes()
+
+
+def product(rows, inner, columns, dtype, device):
+    """A function that multiplies two matrices of this size."""
+    a, b = (torch.randn(size, inner, dtype=dtype, device=device) for size in (rows, columns))
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
+    return lambda: torch.mm(a, b.t(), out=out)
+
+
+def product_flops(shape):
+    return 2 * math.prod(shape)
 
 
 def _copy(tensors: Tensors):

@@ -33,8 +33,6 @@ from fused_ops._op import (
     looped,
 )
 
-PARAMETERS = 7  # C, W1, b1, bngain, bnbias, W2, b2
-
 
 def mlp_loss_and_gradients(
     X: Tensor,
@@ -52,7 +50,7 @@ def mlp_loss_and_gradients(
     momentum: float,
     eps: float,
     needs_gradients: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor]:
     """The loss, and back from it through the network, for dloss = 1:
 
         dlogits = (softmax(logits) − one-hot(Y)) / N
@@ -66,8 +64,8 @@ def mlp_loss_and_gradients(
     In evaluation μ and r come from the running statistics, which are constants, and dhprebn = bngain·r·dhpreact. In
     training the running statistics move as in `batch_norm`.
 
-    Returns loss, (), and dC, dW1, db1, dbngain, dbnbias, dW2, db2, of the shapes of the parameters, (0,) if they are
-    not needed: all in the accumulate dtype.
+    Returns loss, (), and dC, dW1, db1, dbngain, dbnbias, dW2 and db2 one after the other, (P,), or (0,) if they are not
+    needed: both in the accumulate dtype.
     """
     dtype = accumulate_dtype(C.dtype)
     C, W1, b1, bngain, bnbias, W2, b2 = (p.to(dtype) for p in (C, W1, b1, bngain, bnbias, W2, b2))
@@ -90,7 +88,7 @@ def mlp_loss_and_gradients(
     logprobs = torch.log_softmax(logits, 1)  # (N, V)
     loss = -logprobs.gather(1, Y[:, None]).mean()  # ()
     if not needs_gradients:
-        return loss, *(loss.new_empty(0) for _ in range(PARAMETERS))
+        return loss, loss.new_empty(0)
 
     one_hot = torch.zeros_like(logprobs).scatter(1, Y[:, None], 1)  # (N, V)
     dlogits = (logprobs.exp() - one_hot) / N  # (N, V)
@@ -108,7 +106,13 @@ def mlp_loss_and_gradients(
     db1 = dhprebn.sum(0)  # (H)
     demb = (dhprebn @ W1).view(-1, C.shape[1])  # (N·T, E)
     dC = torch.zeros_like(C).index_add(0, X.flatten(), demb)  # (V, E)
-    return loss, dC, dW1, db1, dbngain, dbnbias, dW2, db2
+    return loss, torch.cat([d.flatten() for d in (dC, dW1, db1, dbngain, dbnbias, dW2, db2)])  # (), (P)
+
+
+def as_parameters(gradients, parameters):
+    """Views of the gradients (P,), of the shapes of the parameters."""
+    parts = gradients.split_with_sizes([p.numel() for p in parameters])
+    return [part if p.dim() == 1 else part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
 
 
 def mlp_sgd_steps_(
@@ -137,8 +141,8 @@ def mlp_sgd_steps_(
     statistics = running_mean, running_var
     losses = []
     for rows in ix:
-        loss, *gradients = mlp_loss_and_gradients(X[rows], Y[rows], *parameters, *statistics, True, momentum, eps, True)
-        for p, dp in zip(parameters, gradients, strict=True):
+        loss, gradients = mlp_loss_and_gradients(X[rows], Y[rows], *parameters, *statistics, True, momentum, eps, True)
+        for p, dp in zip(parameters, as_parameters(gradients, parameters), strict=True):
             p -= lr * dp
         losses.append(loss)
     return torch.stack(losses)  # (K)
@@ -152,39 +156,42 @@ _sgd_steps_op = define(
 
 
 class MLP(torch.autograd.Function):
-    """Differentiable by the parameters. Its further outputs are the gradients for dloss = 1, if they were asked for."""
+    """Differentiable by the parameters. Its second output are their gradients for dloss = 1, if they were asked for."""
 
     forward = below_autograd(_op)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, running_mean, running_var, training, momentum, eps, needs_gradients = inputs
-        _, *gradients = output
+        _, gradients = output
         ctx.gradients = gradients if needs_gradients else None
         ctx.options = training, momentum, eps
-        ctx.mark_non_differentiable(*gradients)
+        ctx.mark_non_differentiable(gradients)
         ctx.set_materialize_grads(False)
         statistics = (None, None) if training else (running_mean, running_var)  # what the loss depends on
         ctx.save_for_backward(*tensors, *statistics)
         ctx.save_for_forward(*tensors, *statistics)
 
     @staticmethod
-    def backward(ctx, dloss, *_):
+    def backward(ctx, dloss, _dgradients):
         if dloss is None:
-            gradients = (None,) * PARAMETERS
-        elif ctx.gradients is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            gradients = (dloss * g for g in _gradients(ctx))
+            return (None,) * 15
+        if ctx.gradients is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            gradients = _gradients(ctx)
         else:
-            gradients = torch._foreach_mul(ctx.gradients, dloss)
+            gradients = ctx.gradients
+        gradients = as_parameters(dloss * gradients, ctx.saved_tensors[2:9])
         asked = zip(gradients, ctx.needs_input_grad[2:], strict=False)
         return None, None, *(g if needed else None for g, needed in asked), *[None] * 6
 
     @staticmethod
-    def jvp(ctx, *tangents):
-        if tangents[9] is not None or tangents[10] is not None:
+    def jvp(ctx, _X, _Y, *tangents):
+        *of_parameters, mean_t, var_t, _training, _momentum, _eps, _needs_gradients = tangents
+        if mean_t is not None or var_t is not None:
             raise RuntimeError("mlp is not differentiable by running_mean and running_var")
-        moved = zip(_gradients(ctx), tangents[2:9], strict=True)
-        return sum((g * t.to(g.dtype)).sum() for g, t in moved if t is not None), *[None] * PARAMETERS
+        gradients = as_parameters(_gradients(ctx), ctx.saved_tensors[2:9])
+        moved = zip(gradients, of_parameters, strict=True)
+        return sum((g * t.to(g.dtype)).sum() for g, t in moved if t is not None), None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -196,8 +203,7 @@ class MLP(torch.autograd.Function):
 
 def _gradients(ctx):
     """The gradients for dloss = 1 as differentiable functions of what they depend on: the reference's own steps."""
-    *inputs, running_mean, running_var = ctx.saved_tensors
-    _, *gradients = REFERENCES[_op](*inputs, running_mean, running_var, *ctx.options, True)
+    _, gradients = REFERENCES[_op](*ctx.saved_tensors, *ctx.options, True)
     return gradients
 
 
@@ -260,9 +266,9 @@ def mlp(
     arguments = input, target, *parameters, running_mean, running_var, training, momentum, eps, needs_gradients
     if is_autocast_enabled(input.device):
         with torch.autocast(input.device.type, enabled=False):
-            loss, *_ = _mlp(*arguments)
+            loss, _ = _mlp(*arguments)
     else:
-        loss, *_ = _mlp(*arguments)
+        loss, _ = _mlp(*arguments)
     return loss.to(embedding_weight.dtype)
 
 
