@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import plots, report
 from benchmarks.cases import all_cases
 from benchmarks.measure import CaseRun
+from benchmarks.training import TrainingCase, TrainingRun
 
 SECONDS_A_CASE = 12  # after which a case gets no further block, but it always gets
 LEAST_BLOCKS = 2
@@ -37,7 +38,7 @@ def arguments():
 
 
 def chosen(args):
-    for case in all_cases():
+    for case in (*all_cases(), TrainingCase(32, 3, 200, 27, quick=True)):
         if args.dtype in (None, case.dtype_name) and re.search(args.only, case.name) and (case.quick or not args.quick):
             yield case
 
@@ -50,7 +51,8 @@ def measure(cases, args, console):
         task = progress.add_task("", total=len(cases) * args.blocks)
         for i, case in enumerate(cases):
             progress.update(task, description=f"{case.name}: compiling, warming up")
-            run = CaseRun(case, args.device, seconds=0.02 if args.quick else 0.1)
+            kind = TrainingRun if isinstance(case, TrainingCase) else CaseRun
+            run = kind(case, args.device, seconds=0.02 if args.quick else 0.1)
             for name, reason in run.skipped.items():
                 progress.print(f"{case.name}: no {name}: {reason}", markup=False)
             end = time.perf_counter() + SECONDS_A_CASE

@@ -31,6 +31,8 @@ class WrongResult(Exception):
 class CaseRun:
     """One case on one device: its implementations, warmed up and compared, and the times of the blocks so far."""
 
+    passes = PASSES
+
     def __init__(self, case: Case, device, seconds):
         self.case, self.device, self.seconds = case, device, seconds
         self.skipped = {}  # implementation -> why
@@ -66,7 +68,7 @@ class CaseRun:
             self._add("speed", [_timed(self.speed_probe) for _ in self._iterations()])
             return
         rows = list(self._iteration(name))
-        for of_pass, times in zip(PASSES, zip(*rows, strict=True), strict=True):
+        for of_pass, times in zip(self.passes, zip(*rows, strict=True), strict=True):
             self._add((name, of_pass), times)
 
     def _iteration(self, name):
@@ -108,7 +110,7 @@ class CaseRun:
     def rows(self):
         """A dictionary for each implementation: the table's row."""
         probe = _measurement(self.times["speed"]).median  # seconds
-        nbytes, flops = self.nbytes, self.case.flops
+        flops = self.case.flops
         # of one unit of work; a copy moves 2 bytes a byte of input: it reads and it writes
         unit = probe * flops / product_flops(self.case.product) if flops else probe / 2
         for name in self.implementations:
@@ -120,23 +122,30 @@ class CaseRun:
                 "implementation": name,
                 "curve": self.case.curve,
                 "blocks": len(self.times["speed"]),
-                "copy_gb_per_s": None if flops else 2 * nbytes / probe / 1e9,
+                "copy_gb_per_s": None if flops else 2 * self.nbytes / probe / 1e9,
                 "gemm_gflop_per_s": product_flops(self.case.product) / probe / 1e9 if flops else None,
             }
             for of_pass in PASSES:
-                measured = _measurement(self.times[name, of_pass])
-                limit = unit * self.case.work[of_pass]
-                row[f"{of_pass}_ms"] = measured.median * 1e3
-                row[f"{of_pass}_iqr_ms"] = measured.iqr * 1e3
-                row[f"{of_pass}_limit_ms"] = limit * 1e3
-                row[f"{of_pass}_to_eager"] = measured.median / _measurement(self.times["eager", of_pass]).median
-                row[f"{of_pass}_to_limit"] = measured.median / limit
+                row |= self._columns(name, of_pass, unit) if of_pass in self.passes else dict.fromkeys(columns(of_pass))
             row["peak_mib"] = None if self.peaks[name] is None else self.peaks[name] / MIB
             yield row
+
+    def _columns(self, name, of_pass, unit):
+        measured, limit = _measurement(self.times[name, of_pass]), unit * self.case.work[of_pass]
+        eager = _measurement(self.times[next(iter(self.implementations)), of_pass])
+        values = measured.median * 1e3, measured.iqr * 1e3, limit * 1e3
+        return dict(
+            zip(columns(of_pass), (*values, measured.median / eager.median, measured.median / limit), strict=True)
+        )
 
     @property
     def nbytes(self):
         return self.tensors["eager"][0].nbytes()
+
+
+def columns(of_pass):
+    """The names of a pass's columns: median, interquartile range and limit in milliseconds, and its ratios."""
+    return [f"{of_pass}_{column}" for column in ("ms", "iqr_ms", "limit_ms", "to_eager", "to_limit")]
 
 
 def product(rows, inner, columns, dtype, device):

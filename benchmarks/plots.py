@@ -15,6 +15,10 @@ COLORS = {
     "reference": "#d8c9a3",
     FUSED: "#d55e00",
     IN_PLACE: "#e69f00",
+    "autograd": "#8c8c8c",  # the rungs of the ladder
+    "steps": "#d8c9a3",
+    "fused": "#e69f00",
+    "network": "#d55e00",
 }
 # What grows along a curve: op -> what the axis shows, its place in the shape, the number at the other place.
 CURVES = {"cross_entropy": ("classes, of 512 rows", 1, 512), "batch_norm": ("rows, of 256 channels", 0, 256)}

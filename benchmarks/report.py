@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cases import PASSES
+from benchmarks.cases import FUSED, PASSES
 from benchmarks.memory import processor
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,7 @@ def tables(rows, style=box.SIMPLE_HEAD):
     """A table for each op."""
     for op in dict.fromkeys(row["op"] for row in rows):
         table = Table(title=f"{op}: milliseconds, ratios, peak memory", title_justify="left", box=style)
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for header in (*PASSES, "÷ eager", "÷ limit", "MiB"):
             table.add_column(header, justify="right", min_width=8)
         previous = None
@@ -70,7 +70,7 @@ def tables(rows, style=box.SIMPLE_HEAD):
                 _number(row["both_to_eager"]),
                 _number(row["both_to_limit"]),
                 "" if row["peak_mib"] is None else f"{max(0, row['peak_mib']):.0f}",
-                style="bold" if row["implementation"] == "fused_ops" else None,
+                style="bold" if row["implementation"] in (FUSED, "network") else None,
             )
             previous = case
         yield table
@@ -82,7 +82,9 @@ def _case(row):
 
 
 def _number(value):
-    """Three figures."""
+    """Three figures; nothing for a pass that a case does not have."""
+    if value is None:
+        return ""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
