@@ -38,6 +38,8 @@ SECTIONS = (
         (None, "Point.along", "output_along", "gradients_along", "gradients_pulled_back"),
     ),
     ("### Activations", OPS + "_activations.py", (None, "Relu", "LeakyRelu", "Tanh", "Gelu", "Silu")),
+    ("## The whole network", OPS + "mlp.py", (None,)),
+    ("### Forward and first derivative", OPS + "mlp.py", ("mlp_loss_and_gradients",)),
 )
 
 

@@ -10,7 +10,7 @@ from samples import torch_mlp
 
 import fused_ops
 import fused_ops.functional as F
-from fused_ops import ladder, nn
+from fused_ops import ladder, nn, steps
 
 V, E, T, H = 7, 3, 2, 12
 PARAMETERS = ("embedding_weight", "weight1", "bias1", "norm_weight", "norm_bias", "weight2", "bias2")
@@ -90,8 +90,8 @@ def test_sgd_steps_depend_on_the_seed_alone():
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         trained, generator = copy.deepcopy(net), torch.Generator().manual_seed(5)
-        for steps in calls:
-            trained.sgd_steps(X, Y, lr=0.1, steps=steps, batch_size=300, generator=generator)
+        for count in calls:
+            trained.sgd_steps(X, Y, lr=0.1, steps=count, batch_size=300, generator=generator)
         torch.set_num_threads(before)
         return trained.state_dict()
 
@@ -144,12 +144,29 @@ def test_sgd_steps_let_other_threads_run():
 
 def test_sgd_steps_tell_autograd_what_they_moved():
     net, (X, Y) = network(), examples(20)
-    loss = net(X, Y)
-    penalty = net.linear.weight.square().sum()
+    losses = net(X, Y), net.linear.weight.square().sum()
     net.sgd_steps(X, Y, lr=0.1, steps=1, batch_size=5)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        penalty.backward()
-    loss.backward()  # made along with the loss: the gradient where the parameters were
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_gradients_are_those_of_the_elementary_steps():
+    """All seven, to rounding, of one minibatch: `fused_ops.steps` takes them one elementary step at a time."""
+    X, Y = examples(9)
+    names = ("C", "W1", "b1", "bngain", "bnbias", "W2", "b2")
+    parameters = dict(
+        zip(names, (t.detach().double().requires_grad_() for t in tensors_of(network())[:7]), strict=True)
+    )
+    F.mlp(X, Y, *parameters.values(), training=True).backward()
+
+    as_in_the_lecture = {name: p.detach() for name, p in parameters.items()}
+    for name in ("W1", "W2"):
+        as_in_the_lecture[name] = as_in_the_lecture[name].t()
+    grads = steps.backward(steps.forward(as_in_the_lecture, X, Y, correction=0))
+    for name, p in parameters.items():
+        expected = grads[name].t() if name.startswith("W") else grads[name].flatten() if p.dim() == 1 else grads[name]
+        torch.testing.assert_close(p.grad, expected, msg=lambda m, name=name: f"d{name}: {m}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the module

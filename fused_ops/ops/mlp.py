@@ -14,8 +14,8 @@ Every gradient below is one that the ladder has taken before: those of the produ
 `fused_ops.steps`, those of the loss and of batch norm come in one go, from `cross_entropy` and `batch_norm`. The
 weights lie as in `torch.nn.Linear`, transposed beside the lecture's.
 
-The gradients take about twice the work of the loss and nothing to remember it by: so the op makes them along with it,
-for dloss = 1, and a backward pass only multiplies.
+The loss is one number, so its gradients for dloss = 1 are all that a backward pass has to multiply: the op makes them
+along with it, while what they need is in cache, and remembers nothing else.
 """
 
 from typing import Optional, Tuple
