@@ -89,19 +89,26 @@ void check_index(int64_t index, int64_t size, const char* name) {
     throw std::out_of_range(std::string(name) + " " + std::to_string(index) + " is out of bounds.");
 }
 
-// Takes example `row` as the network's n-th.
-template <typename Acc>
-void take_example(Network<Acc>& net, const Inputs& inputs, int64_t row, int64_t n) {
-  const int64_t T = net.s.T;
-  std::copy_n(inputs.X.const_data_ptr<int64_t>() + row * T, T, net.X.data() + n * T);
-  net.Y[n] = inputs.Y.const_data_ptr<int64_t>()[row];
-}
+// The elements of X and Y.
+struct Examples {
+  const int64_t *X, *Y;
+  int64_t T;
 
-void check_example(const Inputs& inputs, int64_t row, int64_t V) {
-  const int64_t T = inputs.X.size(1);
-  for (int64_t t = 0; t < T; ++t) check_index(inputs.X.const_data_ptr<int64_t>()[row * T + t], V, "Index");
-  check_index(inputs.Y.const_data_ptr<int64_t>()[row], V, "Target");
-}
+  explicit Examples(const Inputs& inputs)
+      : X(inputs.X.const_data_ptr<int64_t>()), Y(inputs.Y.const_data_ptr<int64_t>()), T(inputs.X.size(1)) {}
+
+  void check(int64_t row, int64_t V) const {
+    for (int64_t t = 0; t < T; ++t) check_index(X[row * T + t], V, "Index");
+    check_index(Y[row], V, "Target");
+  }
+
+  // Makes example `row` the network's n-th.
+  template <typename Acc>
+  void take(int64_t row, Network<Acc>& net, int64_t n) const {
+    for (int64_t t = 0; t < T; ++t) net.X[n * T + t] = X[row * T + t];
+    net.Y[n] = Y[row];
+  }
+};
 
 template <typename Acc>
 void read_parameters(const Network<Acc>& net, const Inputs& inputs) {
@@ -122,7 +129,8 @@ std::tuple<Tensor, Tensor> mlp_loss_and_gradients(Tensor X, Tensor Y, Tensor C, 
                                                   bool training, double momentum, double eps, bool needs_gradients) {
   const Inputs inputs{torch::stable::contiguous(X), torch::stable::contiguous(Y), {C, W1, b1, bngain, bnbias, W2, b2}};
   const Sizes s = inputs.sizes(X.size(0));
-  for (int64_t n = 0; n < s.N; ++n) check_example(inputs, n, s.V);
+  const Examples examples(inputs);
+  for (int64_t n = 0; n < s.N; ++n) examples.check(n, s.V);
   const auto type = accumulate_type(C.scalar_type());
   int64_t count = 0;
   for (const Tensor& p : inputs.parameters) count += p.numel();
@@ -135,7 +143,7 @@ std::tuple<Tensor, Tensor> mlp_loss_and_gradients(Tensor X, Tensor Y, Tensor C, 
     const Place<Acc> mean{net.running_mean, 1, s.H, s.H, false}, var{net.running_var, 1, s.H, s.H, false};
     if (running_mean) read(*running_mean, mean, "running_mean");
     if (running_var) read(*running_var, var, "running_var");
-    for (int64_t n = 0; n < s.N; ++n) take_example(net, inputs, n, n);
+    for (int64_t n = 0; n < s.N; ++n) examples.take(n, net, n);
 
     *loss.mutable_data_ptr<Acc>() = run(net, needs_gradients);
     if (needs_gradients) {
@@ -159,10 +167,11 @@ Tensor mlp_sgd_steps_(Tensor X, Tensor Y, Tensor ix, Tensor C, Tensor W1, Tensor
   const Sizes s = inputs.sizes(ix.size(1));
   const Tensor rows = torch::stable::contiguous(ix);
   const int64_t* row = rows.const_data_ptr<int64_t>();
-  const int64_t K = ix.size(0);
+  const int64_t K = ix.size(0), M = X.size(0);
+  const Examples examples(inputs);
   for (int64_t i = 0; i < K * s.N; ++i) {
-    check_index(row[i], X.size(0), "Example");
-    check_example(inputs, row[i], s.V);
+    check_index(row[i], M, "Example");
+    examples.check(row[i], s.V);
   }
   const auto type = accumulate_type(C.scalar_type());
   Tensor losses = torch::stable::new_empty(C, {K}, type);
@@ -174,7 +183,7 @@ Tensor mlp_sgd_steps_(Tensor X, Tensor Y, Tensor ix, Tensor C, Tensor W1, Tensor
     read(running_mean, mean, "running_mean");
     read(running_var, var, "running_var");
     for (int64_t k = 0; k < K; ++k) {
-      for (int64_t n = 0; n < s.N; ++n) take_example(net, inputs, row[k * s.N + n], n);
+      for (int64_t n = 0; n < s.N; ++n) examples.take(row[k * s.N + n], net, n);
       losses.mutable_data_ptr<Acc>()[k] = run(net, true);
       in_blocks(net.p.count, 4096, 1, [&](int64_t i, int64_t end) { descend(net, static_cast<Acc>(lr), i, end); });
     }

@@ -96,9 +96,14 @@ struct Network {
 
 // embcat: the embeddings of each context, side by side.
 template <typename Acc>
-void embed(const Network<Acc>& net) {
-  const auto [N, T, E, F, H, V] = net.s;
-  for (int64_t i = 0; i < N * T; ++i) std::copy_n(net.p.C + net.X[i] * E, E, net.embcat + i * E);
+FUSED_OPS_VECTORIZED void embed(const Network<Acc>& net) {
+  const int64_t N = net.s.N, T = net.s.T, E = net.s.E;
+  for (int64_t i = 0; i < N * T; ++i) {
+    const Acc* embedding = net.p.C + net.X[i] * E;
+    Acc* emb = net.embcat + i * E;
+#pragma omp simd
+    for (int64_t e = 0; e < E; ++e) emb[e] = embedding[e];
+  }
 }
 
 // The hidden units [begin, end): hprebn, their statistics, bnraw and h.
