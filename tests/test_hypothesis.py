@@ -9,7 +9,7 @@ import torch
 from checks import F64, FLOATS, assert_as_near, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from samples import Sample, composed_batch_norm, leaf, torch_cross_entropy, torch_linear_cross_entropy
+from samples import Sample, composed_batch_norm, leaf, torch_cross_entropy, torch_linear_cross_entropy, torch_mlp
 
 import fused_ops.functional
 
@@ -137,11 +137,36 @@ def linear_cross_entropy(draw):
     return Sample((x, weight, target), options)
 
 
-STRATEGIES = {"batch_norm": batch_norm, "cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}
+@st.composite
+def mlp(draw):
+    make, dtype = Drawer(draw), draw(st.sampled_from(FLOATS), label="dtype")
+    T, V, E, H = (draw(st.integers(1, most), label=name) for name, most in {"T": 3, "V": 9, "E": 4, "H": 20}.items())
+    training = draw(st.booleans(), label="training")
+    N = draw(st.integers(1 + training, 12), label="N")
+    X, Y = make.indices((N, T), torch.int64, V), make.indices((N,), torch.int64, V)
+    shapes = (V, E), (H, T * E), (H,), (H,), (H,), (V, H), (V,)
+    parameters = [make.floats(shape, dtype, -2.0, 2.0, requires_grad=True) for shape in shapes]
+    options = {
+        "training": training,
+        "momentum": draw(st.sampled_from([0.0, 0.1, 1.0]), label="momentum"),
+        "eps": draw(st.sampled_from([1e-3, 0.5]), label="eps"),
+    }
+    running = [make.floats((H,), dtype, low, 2.0).contiguous() for low in (-1.0, 0.2)]
+    statistics = running if not training or draw(mostly, label="running statistics") else [None, None]
+    return Sample((X, Y, *parameters, *statistics), options)
+
+
+STRATEGIES = {
+    "batch_norm": batch_norm,
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+    "mlp": mlp,
+}
 TRUTH = {
     "batch_norm": composed_batch_norm,
     "cross_entropy": torch_cross_entropy,
     "linear_cross_entropy": torch_linear_cross_entropy,
+    "mlp": torch_mlp,
 }
 
 
