@@ -1,7 +1,7 @@
 // Batch normalisation. Derivation and names: fused_ops/ops/batch_norm.py.
 //
-// A tensor is cut into tiles (tiles.h), whose moments and sums are merged in the order of the tiles: the result does not
-// depend on the number of threads. Where a few channels stay in cache, a thread finishes them, statistics and all,
+// A tensor is cut into tiles (tiles.h), whose moments and sums are merged in the order of the tiles: the result does
+// not depend on the number of threads. Where a few channels stay in cache, a thread finishes them, statistics and all,
 // before the next, and reads memory once a pass.
 #include <algorithm>
 #include <limits>
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
   const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
   input = dense(input, channels_last);
   if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
-  const Tiling tiling(layout_of(input, channels_last));
+  const Tiling tiling(layout_of(input, channels_last), /*two_passes=*/training);
   const Layout& l = tiling.layout;
   const int64_t C = l.channels, N = l.per_channel();
   const auto acc_type = accumulate_type(input.scalar_type());
@@ -302,20 +302,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
   input = dense(input, channels_last);
   dy = in_layout_of(input, channels_last, dy, "dy");
   if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
-  const Tiling tiling(layout_of(input, channels_last));
+  const bool needs_sums = needs_parameters || (needs_input && training);
+  const Tiling tiling(layout_of(input, channels_last), /*two_passes=*/needs_sums);
   const Layout& l = tiling.layout;
   const int64_t C = l.channels;
   const auto acc_type = accumulate_type(input.scalar_type());
   const auto weight_c = channel_vector(weight, C, acc_type, "weight");
   const auto bias_c = channel_vector(bias, C, acc_type, "bias");
-  const Tensor mean_c = channel_vector(mean_in, C, acc_type, "mean"),
-               rstd_c = channel_vector(rstd_in, C, acc_type, "rstd");
+  const Tensor mean_c = channel_vector(mean_in, C, acc_type, "mean");
+  const Tensor rstd_c = channel_vector(rstd_in, C, acc_type, "rstd");
 
   // what is not needed comes back empty
   needs_residual = needs_residual && activation;  // without an activation it is dy
   Tensor dx_out = empty_like_dense(input, needs_input), dresidual_out = empty_like_dense(input, needs_residual);
-  Tensor dweight_out = empty_vector(needs_parameters ? C : 0, acc_type),
-         dbias_out = empty_vector(needs_parameters ? C : 0, acc_type);
+  Tensor dweight_out = empty_vector(needs_parameters ? C : 0, acc_type);
+  Tensor dbias_out = empty_vector(needs_parameters ? C : 0, acc_type);
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
@@ -334,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
     Acc* dbias = needs_parameters ? dbias_out.mutable_data_ptr<Acc>() : nullptr;
     const Means<Acc> means{training ? dz_mean.data() : nullptr, dz_x_hat_mean.data()};
 
-    if (!needs_parameters && !(needs_input && training)) {
+    if (!needs_sums) {
       tiling.for_tiles([&](const Tile& t, int64_t) { tile_backward<T>(l, t, forward, g, means, dx, dresidual); });
       return;
     }

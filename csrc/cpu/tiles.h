@@ -122,9 +122,11 @@ struct Tiling {
   int64_t o_size, c_size, i_size, i_count;  // of a tile
   int64_t blocks, parts;
 
-  explicit Tiling(Layout l) : layout(l) {
+  // For two passes a tile has few channels where these stay in cache from one to the next, else long runs of memory.
+  Tiling(Layout l, bool two_passes) : layout(l) {
     const int64_t outer = std::max<int64_t>(1, l.outer), inner = std::max<int64_t>(1, l.inner);
-    const int64_t most = inner == 1 ? kChannels : kElementsPerTask / (outer * inner);
+    const bool stays = two_passes && outer * inner <= kCached;
+    const int64_t most = inner == 1 ? kChannels : kElementsPerTask / (stays ? outer * inner : inner);
     c_size = even_size(l.channels, std::min(std::max<int64_t>(1, most), kChannels));
     i_size = even_size(inner, kElementsPerTask / kRows);
     o_size = std::min(outer, std::max<int64_t>(1, kElementsPerTask / (c_size * i_size * kRows)) * kRows);
