@@ -16,16 +16,15 @@
 namespace fused_ops {
 namespace {
 
-// Of the values of each channel in a tile, less the mean of the first rows: the sum and the sum of squares. These first
-// s of n rows keep it exact: their mean is at most √(n/s) standard deviations from the mean of all, whatever the
-// values, so that subtracting what the shift adds to the squares loses at most a factor of 1 + n/s in precision.
+// Of the values of each channel in a tile, less the mean of every eighth row: the sum and the sum of squares. These s
+// of n rows keep it exact: their mean is at most √(n/s) standard deviations from the mean of all, whatever the values,
+// so that subtracting what the shift adds to the squares loses at most a factor of 1 + n/s in precision.
 template <typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* shift, Acc* sum, Acc* squares) {
   for (Acc* v : {shift, sum, squares}) std::fill(v + t.c_begin, v + t.c_end, Acc(0));
-  Tile first = t;
-  first.o_end = t.o_begin + ceil_div(t.rows(), 8);
-  add_up(l, first, shift, sum, [=](int64_t, int64_t i, int64_t) { return Pair<Acc>{widen(x[i]), 0}; });
-  const Acc count = static_cast<Acc>(first.rows() * (first.i_end - first.i_begin));
+  for (int64_t o = t.o_begin; o < t.o_end; o += 8)
+    add_up_rows<1>(l, t, o, 0, shift, sum, [=](int64_t, int64_t i, int64_t) { return Pair<Acc>{widen(x[i]), 0}; });
+  const Acc count = static_cast<Acc>(ceil_div(t.rows(), 8) * (t.i_end - t.i_begin));
   for (int64_t c = t.c_begin; c < t.c_end; ++c) shift[c] /= count;
   add_up(l, t, sum, squares, [=](int64_t c, int64_t i, int64_t) {
     const Acc distance = widen(x[i]) - shift[c];

@@ -117,6 +117,7 @@ constexpr int64_t kChannels = 1024;  // the most of a tile
 
 // All tiles of a batch: each block of channels is cut into the same parts of the outer and inner dimensions.
 struct Tiling {
+  static constexpr int64_t kMostRows = 1024;  // of a tile: sums over more lose precision
   static constexpr int64_t kCached = 131072;  // elements of a block that stay in cache: 512 KiB of float32
   Layout layout;
   int64_t o_size, c_size, i_size, i_count;  // of a tile
@@ -129,7 +130,8 @@ struct Tiling {
     const int64_t most = inner == 1 ? kChannels : kElementsPerTask / (stays ? outer * inner : inner);
     c_size = even_size(l.channels, std::min(std::max<int64_t>(1, most), kChannels));
     i_size = even_size(inner, kElementsPerTask / kRows);
-    o_size = std::min(outer, std::max<int64_t>(1, kElementsPerTask / (c_size * i_size * kRows)) * kRows);
+    o_size = std::max<int64_t>(1, kElementsPerTask / (c_size * i_size * kRows)) * kRows;
+    o_size = std::min({o_size, outer, kMostRows});
     i_count = ceil_div(inner, i_size);
     blocks = ceil_div(l.channels, c_size);
     parts = ceil_div(l.outer, o_size) * i_count;
