@@ -1,4 +1,4 @@
-// The arithmetic that kernels share, for host and device: accumulate types, exp, and merging of partial statistics.
+// The arithmetic that kernels share, for host and device: accumulate types, exp and its like.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -206,21 +206,5 @@ FUSED_OPS_HOST_DEVICE inline float normal_distribution(float z, float e) {
   return a < 1.0f ? 0.5f + z * near : far;
 #endif
 }
-
-// The number of values, their mean, and the sum of their squared distances from it.
-template <typename Acc>
-struct Moments {
-  Acc count = 0, mean = 0, m2 = 0;
-
-  // The moments of both sets together (Chan, Golub and LeVeque 1979).
-  FUSED_OPS_HOST_DEVICE void merge(Acc other_count, Acc other_mean, Acc other_m2) {
-    const Acc total = count + other_count;
-    if (total == 0) return;
-    const Acc delta = other_mean - mean, share = other_count / total;
-    mean += delta * share;
-    m2 += other_m2 + delta * delta * count * share;
-    count = total;
-  }
-};
 
 }  // namespace fused_ops

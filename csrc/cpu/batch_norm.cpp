@@ -1,36 +1,72 @@
 // Batch normalisation. Derivation and names: fused_ops/ops/batch_norm.py.
 //
-// A tensor is cut into tiles that stay in cache (tiles.h). Statistics are taken tile by tile in two passes (mean, then
-// squared distances), so memory is read once, and merged in the order of the tiles: the result does not depend on the
-// number of threads.
+// A tensor is cut into tiles (tiles.h), whose moments and sums are merged in the order of the tiles: the result does
+// not depend on the number of threads. Where a few channels stay in cache, a thread finishes them, statistics and all,
+// before the next, and reads memory once a pass.
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "../activations.h"
 #include "../checks.h"
-#include "huge_pages.h"
 #include "tiles.h"
 
 namespace fused_ops {
 namespace {
 
-// Each channel's mean and sum of squared distances from it. The distances from the exact mean add up to zero; what
-// those from the rounded one add up to corrects both (Chan, Golub and LeVeque 1983). `distances` is scratch.
+// Of the values of each channel in a tile, less the mean of every eighth row: the sum and the sum of squares. These s
+// of n rows keep it exact: their mean is at most √(n/s) standard deviations from the mean of all, whatever the values,
+// so that subtracting what the shift adds to the squares loses at most a factor of 1 + n/s in precision.
 template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* mean, Acc* m2, Acc* distances) {
-  const Acc count = static_cast<Acc>((t.o_end - t.o_begin) * l.inner);
-  add_up(l, t, mean, distances, [=](int64_t, int64_t i, int64_t) { return Pair<Acc>{widen(x[i]), 0}; });
-  for (int64_t c = t.c_begin; c < t.c_end; ++c) mean[c] /= count;
-  add_up(l, t, distances, m2, [=](int64_t c, int64_t i, int64_t) {
-    const Acc distance = widen(x[i]) - mean[c];
+FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* shift, Acc* sum, Acc* squares) {
+  for (Acc* v : {shift, sum, squares}) std::fill(v + t.c_begin, v + t.c_end, Acc(0));
+  for (int64_t o = t.o_begin; o < t.o_end; o += 8)
+    add_up_rows<1>(l, t, o, 0, shift, sum, [=](int64_t, int64_t i, int64_t) { return Pair<Acc>{widen(x[i]), 0}; });
+  const Acc count = static_cast<Acc>(ceil_div(t.rows(), 8) * (t.i_end - t.i_begin));
+  for (int64_t c = t.c_begin; c < t.c_end; ++c) shift[c] /= count;
+  add_up(l, t, sum, squares, [=](int64_t c, int64_t i, int64_t) {
+    const Acc distance = widen(x[i]) - shift[c];
     return Pair<Acc>{distance, distance * distance};
   });
-  for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-    mean[c] += distances[c] / count;
-    const Acc corrected = m2[c] - distances[c] * distances[c] / count;
-    m2[c] = corrected < 0 ? 0 : corrected;
+}
+
+// Uninitialised scratch: values of each channel for each part of a tiling.
+template <typename Acc>
+class PerPart {
+ public:
+  explicit PerPart(const Tiling& tiling)
+      : channels_(tiling.layout.channels), values_(new Acc[tiling.parts * tiling.layout.channels]) {}
+  Acc* operator[](int64_t part) const { return values_.get() + part * channels_; }
+
+ private:
+  int64_t channels_;
+  std::unique_ptr<Acc[]> values_;
+};
+
+// The mean and the biased variance of each channel of a block from the moments of its tiles, merged as by Chan, Golub
+// and LeVeque (1979). NaN of an empty batch.
+template <typename Acc>
+FUSED_OPS_VECTORIZED void merge_moments(const Tiling& tiling, int64_t c_begin, int64_t c_end, const PerPart<Acc>& shift,
+                                        const PerPart<Acc>& sum, const PerPart<Acc>& squares, Acc* mean, Acc* var) {
+  double means[kChannels] = {}, m2s[kChannels] = {}, total = 0;
+  for (int64_t part = 0; part < tiling.parts; ++part) {
+    const Tile t = tiling.tile(0, part);
+    const double count = static_cast<double>(t.rows() * (t.i_end - t.i_begin)), share = count / (total + count);
+    const Acc *shift_c = shift[part] + c_begin, *sum_c = sum[part] + c_begin, *squares_c = squares[part] + c_begin;
+#pragma omp simd
+    for (int64_t c = 0; c < c_end - c_begin; ++c) {
+      const double distance = sum_c[c] / count, m2 = squares_c[c] - distance * sum_c[c];
+      const double delta = shift_c[c] + distance - means[c];
+      means[c] += delta * share;
+      m2s[c] += (m2 < 0 ? 0 : m2) + delta * delta * total * share;
+    }
+    total += count;
+  }
+  for (int64_t c = c_begin; c < c_end; ++c) {
+    mean[c] = static_cast<Acc>(total > 0 ? means[c - c_begin] : std::numeric_limits<double>::quiet_NaN());
+    var[c] = static_cast<Acc>(m2s[c - c_begin] / total);  // 0/0 where empty
   }
 }
 
@@ -75,58 +111,54 @@ struct Forward {
   Activation<Acc> activation;
 };
 
-// z of a strip, into z[0], z[1], ...
-template <typename T, typename Acc = accumulate_t<T>>
-inline void strip_z(const Layout& l, const Tile& s, const Forward<T>& f, Acc* z) {
-  for_each(l, s, [x = f.x, mean = f.mean, scale = f.scale, bias = f.bias, z](int64_t c, int64_t i, int64_t k) {
-    z[k] = (widen(x[i]) - mean[c]) * scale[c] + bias[c];
-  });
+// use(z), where z(c, i) is that of the element at index i, of channel c.
+template <typename T, typename Use, typename Acc = accumulate_t<T>>
+inline void with_z(const Forward<T>& f, const Use& use) {
+  const auto affine = [x = f.x, mean = f.mean, scale = f.scale, bias = f.bias](int64_t c, int64_t i) {
+    return (widen(x[i]) - mean[c]) * scale[c] + bias[c];
+  };
   if (f.residual)
-    for_each(l, s, [residual = f.residual, z](int64_t, int64_t i, int64_t k) { z[k] += widen(residual[i]); });
+    use([affine, residual = f.residual](int64_t c, int64_t i) { return affine(c, i) + widen(residual[i]); });
+  else
+    use(affine);
 }
 
 template <typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_forward(const Layout& l, const Tile& t, const Forward<T>& f, T* y) {
-  if (f.activation.value || f.residual) {
-    alignas(64) Acc z[kStrip];
-    for_strips(l, t, [&](const Tile& s) {
-      strip_z(l, s, f, z);
-      if (f.activation.value) f.activation.value(z, s.size());
-      for_each(l, s, [z = &z[0], y](int64_t, int64_t i, int64_t k) { y[i] = narrow<T>(z[k]); });
+  with_z(f, [&](const auto& z) {
+    if (!f.activation.value) return for_each(l, t, [=](int64_t c, int64_t i, int64_t) { y[i] = narrow<T>(z(c, i)); });
+    alignas(64) Acc a[kStrip];
+    for_strips(l, t, [&, a = &a[0]](const Tile& s) {
+      for_each(l, s, [=](int64_t c, int64_t i, int64_t k) { a[k] = z(c, i); });
+      f.activation.value(a, s.rows() * s.row_size());
+      for_each(l, s, [=](int64_t, int64_t i, int64_t k) { y[i] = narrow<T>(a[k]); });
     });
-  } else {
-    for_each(l, t, [x = f.x, mean = f.mean, scale = f.scale, bias = f.bias, y](int64_t c, int64_t i, int64_t) {
-      y[i] = narrow<T>((widen(x[i]) - mean[c]) * scale[c] + bias[c]);
-    });
-  }
+  });
 }
 
 // use(s, dz) for parts s of a tile, where dz(i, k) is dy·a'(z) of the k-th element, at index i: strips with an
 // activation, else the whole tile at once, where dz is dy.
 template <typename T, typename Use, typename Acc = accumulate_t<T>>
 inline void with_dz(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy, const Use& use) {
-  if (f.activation.derivative) {
-    alignas(64) Acc dz[kStrip];
-    for_strips(l, t, [&](const Tile& s) {
-      strip_z(l, s, f, dz);
-      f.activation.derivative(dz, s.size());
-      for_each(l, s, [dz = &dz[0], dy](int64_t, int64_t i, int64_t k) { dz[k] *= widen(dy[i]); });
-      use(s, [dz = &dz[0]](int64_t, int64_t k) { return dz[k]; });
-    });
-  } else {
-    use(t, [dy](int64_t i, int64_t) { return widen(dy[i]); });
-  }
+  if (!f.activation.derivative) return use(t, [dy](int64_t i, int64_t) { return widen(dy[i]); });
+  alignas(64) Acc slope_of_strip[kStrip];
+  for_strips(l, t, [&, slope = &slope_of_strip[0]](const Tile& s) {
+    with_z(f, [&](const auto& z) { for_each(l, s, [=](int64_t c, int64_t i, int64_t k) { slope[k] = z(c, i); }); });
+    f.activation.derivative(slope, s.rows() * s.row_size());
+    use(s, [dy, slope](int64_t i, int64_t k) { return slope[k] * widen(dy[i]); });
+  });
 }
 
 // Σ dz and Σ dz·x̂; and dz itself, unless `kept` is null
 template <typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy, Acc* dz_sum,
                                     Acc* dz_x_hat_sum, T* kept) {
+  for (Acc* v : {dz_sum, dz_x_hat_sum}) std::fill(v + t.c_begin, v + t.c_end, Acc(0));
   with_dz(l, t, f, dy, [&, x = f.x, mean = f.mean, rstd = f.rstd](const Tile& s, const auto& dz) {
-    if (kept) for_each(l, s, [=](int64_t, int64_t i, int64_t k) { kept[i] = narrow<T>(dz(i, k)); });
     add_up(l, s, dz_sum, dz_x_hat_sum, [=](int64_t c, int64_t i, int64_t k) {
-      const Acc dz_k = dz(i, k);
-      return Pair<Acc>{dz_k, dz_k * ((widen(x[i]) - mean[c]) * rstd[c])};
+      const Acc dz_i = dz(i, k);
+      if (kept) kept[i] = narrow<T>(dz_i);
+      return Pair<Acc>{dz_i, dz_i * ((widen(x[i]) - mean[c]) * rstd[c])};
     });
   });
 }
@@ -154,49 +186,34 @@ FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const Fo
   });
 }
 
-// A (C,) tensor's values in the accumulate type; `missing` where there is none.
+// The sum of each channel of a block over all parts.
 template <typename Acc>
-std::vector<Acc> channel_values(const std::optional<Tensor>& v, int64_t C, Acc missing, const char* name) {
-  if (!v) return std::vector<Acc>(C, missing);
-  const auto type = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor t = torch::stable::contiguous(torch::stable::to(*v, type));
-  check_vector(t, C, type, name);
-  return std::vector<Acc>(t.const_data_ptr<Acc>(), t.const_data_ptr<Acc>() + C);
-}
-
-// running ← (1 − momentum)·running + momentum·batch, through copy_, which takes any dtype and tells autograd.
-template <typename Acc>
-void move_running(Tensor running, const std::vector<Acc>& batch, double momentum, const char* name) {
-  const int64_t C = static_cast<int64_t>(batch.size());
-  const std::vector<Acc> before = channel_values<Acc>(running, C, 0, name);
-  const auto type = std::is_same_v<Acc, double> ? ScalarType::Double : ScalarType::Float;
-  const Tensor moved = torch::stable::new_empty(running, {C}, type);
-  Acc* out = moved.mutable_data_ptr<Acc>();
-  for (int64_t c = 0; c < C; ++c)
-    out[c] = static_cast<Acc>(1 - momentum) * before[c] + static_cast<Acc>(momentum) * batch[c];
-  torch::stable::copy_(running, moved);
-}
-
-// The mean of each channel, into `mean`, and its biased variance.
-template <typename T, typename Acc = accumulate_t<T>>
-std::vector<Acc> batch_statistics(const Tiling& tiling, const T* x, Acc* mean) {
-  const Layout& l = tiling.layout;
-  const int64_t C = l.channels;
-  std::vector<Acc> means(tiling.o_count * C), m2s(tiling.o_count * C), distances(tiling.o_count * C), var(C);
-  tiling.parallel([&](const Tile& t, int64_t o) {
-    tile_moments<T>(l, t, x, means.data() + o * C, m2s.data() + o * C, distances.data() + o * C);
-  });
-  for (int64_t c = 0; c < C; ++c) {
-    Moments<double> total;
-    for (int64_t o = 0; o < tiling.o_count; ++o) {
-      const int64_t rows = std::min((o + 1) * tiling.o_size, l.outer) - o * tiling.o_size;
-      total.merge(static_cast<double>(rows * l.inner), means[o * C + c], m2s[o * C + c]);
-    }
-    const bool empty = total.count == 0;
-    mean[c] = empty ? std::numeric_limits<Acc>::quiet_NaN() : static_cast<Acc>(total.mean);
-    var[c] = static_cast<Acc>(total.m2 / total.count);  // NaN where empty
+FUSED_OPS_VECTORIZED void merge_sums(const Tiling& tiling, int64_t c_begin, int64_t c_end, const PerPart<Acc>& sum,
+                                     double* total) {
+  std::fill(total + c_begin, total + c_end, 0.0);
+  for (int64_t part = 0; part < tiling.parts; ++part) {
+    const Acc* sum_c = sum[part];
+#pragma omp simd
+    for (int64_t c = c_begin; c < c_end; ++c) total[c] += sum_c[c];
   }
-  return var;
+}
+
+// A (C,) tensor in the accumulate type, without gaps: v itself where it is so.
+Tensor channel_vector(const Tensor& v, int64_t C, ScalarType type, const char* name) {
+  const bool ready = v.scalar_type() == type && v.is_contiguous();
+  const Tensor vector = ready ? v : torch::stable::contiguous(torch::stable::to(v, type));
+  check_vector(vector, C, type, name);
+  return vector;
+}
+
+std::optional<Tensor> channel_vector(const std::optional<Tensor>& v, int64_t C, ScalarType type, const char* name) {
+  return v ? std::optional<Tensor>(channel_vector(*v, C, type, name)) : std::nullopt;
+}
+
+// running ← (1 − momentum)·running + momentum·batch
+template <typename Acc>
+void move(Acc* running, const Acc* batch, Acc momentum, int64_t c_begin, int64_t c_end) {
+  for (int64_t c = c_begin; c < c_end; ++c) running[c] = (1 - momentum) * running[c] + momentum * batch[c];
 }
 
 }  // namespace
@@ -211,45 +228,65 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
   const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
   input = dense(input, channels_last);
   if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
-  const Tiling tiling(layout_of(input, channels_last));
-  const int64_t C = tiling.layout.channels, N = tiling.layout.outer * tiling.layout.inner;
+  const Tiling tiling(layout_of(input, channels_last), /*two_passes=*/training);
+  const Layout& l = tiling.layout;
+  const int64_t C = l.channels, N = l.per_channel();
   const auto acc_type = accumulate_type(input.scalar_type());
-  Tensor y = on_huge_pages(torch::stable::empty_like(input));
-  Tensor mean_out = torch::stable::new_empty(input, {C}, acc_type);
-  Tensor rstd_out = torch::stable::new_empty(input, {C}, acc_type);
+  const auto weight_c = channel_vector(weight, C, acc_type, "weight");
+  const auto bias_c = channel_vector(bias, C, acc_type, "bias");
+  const auto running_mean_c = channel_vector(running_mean, C, acc_type, "running_mean");
+  const auto running_var_c = channel_vector(running_var, C, acc_type, "running_var");
+  Tensor y = empty_like_dense(input), mean_out = empty_vector(C, acc_type), rstd_out = empty_vector(C, acc_type);
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
     const T* x = input.const_data_ptr<T>();
-    Acc* mean = mean_out.mutable_data_ptr<Acc>();
-    Acc* rstd = rstd_out.mutable_data_ptr<Acc>();
-    const std::vector<Acc> beta = channel_values<Acc>(bias, C, 0, "bias");
-    std::vector<Acc> scale = channel_values<Acc>(weight, C, 1, "weight"), var;
-
-    if (training) {
-      var = batch_statistics<T>(tiling, x, mean);
-      if (N > 0 && running_mean)
-        move_running(*running_mean, std::vector<Acc>(mean, mean + C), momentum, "running_mean");
-      if (N > 0 && running_var) {
-        std::vector<Acc> unbiased_var(C);
-        for (int64_t c = 0; c < C; ++c) unbiased_var[c] = var[c] * (static_cast<Acc>(N) / static_cast<Acc>(N - 1));
-        move_running(*running_var, unbiased_var, momentum, "running_var");
-      }
-    } else {
-      const std::vector<Acc> running = channel_values<Acc>(running_mean, C, 0, "running_mean");
-      std::copy(running.begin(), running.end(), mean);
-      var = channel_values<Acc>(running_var, C, 0, "running_var");
-    }
-    for (int64_t c = 0; c < C; ++c) {
-      rstd[c] = 1 / std::sqrt(var[c] + static_cast<Acc>(eps));
-      scale[c] *= rstd[c];  // γ·r
-    }
-    const Forward<T> forward{x,           data_or_null<T>(residual),     mean, rstd, scale.data(),
-                             beta.data(), activation_of<Acc>(activation)};
     T* out = y.mutable_data_ptr<T>();
-    tiling.parallel([&](const Tile& t, int64_t) { tile_forward<T>(tiling.layout, t, forward, out); });
+    Acc *mean = mean_out.mutable_data_ptr<Acc>(), *rstd = rstd_out.mutable_data_ptr<Acc>();
+    const Acc *gamma = data_or_null<Acc>(weight_c), *beta = data_or_null<Acc>(bias_c);
+    Acc* running_means = running_mean_c ? running_mean_c->mutable_data_ptr<Acc>() : nullptr;
+    Acc* running_vars = running_var_c ? running_var_c->mutable_data_ptr<Acc>() : nullptr;
+    std::vector<Acc> scale(C), var(C), zeros(beta ? 0 : C);
+    const Forward<T> forward{x,
+                             data_or_null<T>(residual),
+                             mean,
+                             rstd,
+                             scale.data(),
+                             beta ? beta : zeros.data(),
+                             activation_of<Acc>(activation)};
+    const auto scale_from_var = [&](int64_t c_begin, int64_t c_end) {
+      for (int64_t c = c_begin; c < c_end; ++c) {
+        rstd[c] = 1 / std::sqrt(var[c] + static_cast<Acc>(eps));
+        scale[c] = gamma ? gamma[c] * rstd[c] : rstd[c];  // γ·r
+      }
+    };
+    const auto apply = [&](const Tile& t) { tile_forward<T>(l, t, forward, out); };
+
+    if (!training) {
+      std::copy(running_means, running_means + C, mean);
+      std::copy(running_vars, running_vars + C, var.data());
+      scale_from_var(0, C);
+      tiling.for_tiles([&](const Tile& t, int64_t) { apply(t); });
+      return;
+    }
+    const PerPart<Acc> shift(tiling), sum(tiling), squares(tiling);
+    tiling.for_tiles_twice(
+        [&](const Tile& t, int64_t part) { tile_moments<T>(l, t, x, shift[part], sum[part], squares[part]); },
+        [&](int64_t c_begin, int64_t c_end) {
+          merge_moments(tiling, c_begin, c_end, shift, sum, squares, mean, var.data());
+          scale_from_var(c_begin, c_end);
+          if (N == 0) return;
+          const Acc share = static_cast<Acc>(momentum), unbiased = static_cast<Acc>(N) / static_cast<Acc>(N - 1);
+          if (running_means) move(running_means, mean, share, c_begin, c_end);
+          for (int64_t c = c_begin; c < c_end; ++c) var[c] *= unbiased;
+          if (running_vars) move(running_vars, var.data(), share, c_begin, c_end);
+        },
+        apply);
   });
+  // Through copy_, even of a vector onto itself: it takes any dtype, and tells autograd that there are new values.
+  if (training && N > 0 && running_mean) torch::stable::copy_(*running_mean, *running_mean_c);
+  if (training && N > 0 && running_var) torch::stable::copy_(*running_var, *running_var_c);
   return {y, mean_out, rstd_out};
 }
 
@@ -264,73 +301,67 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
   input = dense(input, channels_last);
   dy = in_layout_of(input, channels_last, dy, "dy");
   if (residual) residual = in_layout_of(input, channels_last, *residual, "residual");
-  const Tiling tiling(layout_of(input, channels_last));
+  const bool needs_sums = needs_parameters || (needs_input && training);
+  const Tiling tiling(layout_of(input, channels_last), /*two_passes=*/needs_sums);
   const Layout& l = tiling.layout;
   const int64_t C = l.channels;
   const auto acc_type = accumulate_type(input.scalar_type());
-  const Tensor mean_c = torch::stable::contiguous(mean_in), rstd_c = torch::stable::contiguous(rstd_in);
-  check_vector(mean_c, C, acc_type, "mean");
-  check_vector(rstd_c, C, acc_type, "rstd");
+  const auto weight_c = channel_vector(weight, C, acc_type, "weight");
+  const auto bias_c = channel_vector(bias, C, acc_type, "bias");
+  const Tensor mean_c = channel_vector(mean_in, C, acc_type, "mean");
+  const Tensor rstd_c = channel_vector(rstd_in, C, acc_type, "rstd");
 
   // what is not needed comes back empty
-  const bool through_statistics = needs_input && training;
-  const auto like_input = [&](bool needed) {
-    return needed ? on_huge_pages(torch::stable::empty_like(input)) : torch::stable::new_empty(input, {0});
-  };
   needs_residual = needs_residual && activation;  // without an activation it is dy
-  Tensor dx_out = like_input(needs_input), dresidual_out = like_input(needs_residual);
-  Tensor dweight_out = torch::stable::new_empty(input, {needs_parameters ? C : 0}, acc_type);
-  Tensor dbias_out = torch::stable::new_empty(input, {needs_parameters ? C : 0}, acc_type);
+  Tensor dx_out = empty_like_dense(input, needs_input), dresidual_out = empty_like_dense(input, needs_residual);
+  Tensor dweight_out = empty_vector(needs_parameters ? C : 0, acc_type);
+  Tensor dbias_out = empty_vector(needs_parameters ? C : 0, acc_type);
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
     const T* g = dy.const_data_ptr<T>();
-    const Acc* rstd = rstd_c.const_data_ptr<Acc>();
-    const std::vector<Acc> beta = channel_values<Acc>(bias, C, 0, "bias");
-    std::vector<Acc> scale = channel_values<Acc>(weight, C, 1, "weight"), dz_mean(C), dz_x_hat_mean(C);
-    for (int64_t c = 0; c < C; ++c) scale[c] *= rstd[c];  // γ·r
     T* dx = needs_input ? dx_out.mutable_data_ptr<T>() : nullptr;
     T* dresidual = needs_residual ? dresidual_out.mutable_data_ptr<T>() : nullptr;
-    Forward<T> forward{input.const_data_ptr<T>(),
-                       data_or_null<T>(residual),
-                       mean_c.const_data_ptr<Acc>(),
-                       rstd,
-                       scale.data(),
-                       beta.data(),
-                       activation_of<Acc>(activation)};
-
-    if (needs_parameters || through_statistics) {
-      std::vector<Acc> dz_sums(tiling.o_count * C), dz_x_hat_sums(tiling.o_count * C);
-      // The second pass need not work dz out again, where T holds it without rounding.
-      T* kept = activation && std::is_same_v<T, Acc> ? (dresidual ? dresidual : dx) : nullptr;
-      tiling.parallel([&](const Tile& t, int64_t o) {
-        tile_sums<T>(l, t, forward, g, dz_sums.data() + o * C, dz_x_hat_sums.data() + o * C, kept);
-      });
-      if (kept) {
-        g = kept;
-        forward.activation = {};
-        dresidual = nullptr;
-      }
-      std::vector<double> dz_sum(C), dz_x_hat_sum(C);  // over all tiles
-      for (int64_t o = 0; o < tiling.o_count; ++o)
-        for (int64_t c = 0; c < C; ++c) {
-          dz_sum[c] += dz_sums[o * C + c];
-          dz_x_hat_sum[c] += dz_x_hat_sums[o * C + c];
-        }
-      const double N = static_cast<double>(l.outer * l.inner);
-      for (int64_t c = 0; c < C; ++c) {
-        dz_mean[c] = static_cast<Acc>(dz_sum[c] / N);
-        dz_x_hat_mean[c] = static_cast<Acc>(dz_x_hat_sum[c] / N);
-      }
-      if (needs_parameters) {
-        std::copy(dz_sum.begin(), dz_sum.end(), dbias_out.mutable_data_ptr<Acc>());
-        std::copy(dz_x_hat_sum.begin(), dz_x_hat_sum.end(), dweight_out.mutable_data_ptr<Acc>());
-      }
-    }
+    const Acc *rstd = rstd_c.const_data_ptr<Acc>(), *gamma = data_or_null<Acc>(weight_c),
+              *beta = data_or_null<Acc>(bias_c);
+    std::vector<Acc> scale(C), zeros(beta ? 0 : C), dz_mean(C), dz_x_hat_mean(C);
+    for (int64_t c = 0; c < C; ++c) scale[c] = gamma ? gamma[c] * rstd[c] : rstd[c];  // γ·r
+    const Forward<T> forward{
+        input.const_data_ptr<T>(),  data_or_null<T>(residual),     mean_c.const_data_ptr<Acc>(), rstd, scale.data(),
+        beta ? beta : zeros.data(), activation_of<Acc>(activation)};
+    Acc* dweight = needs_parameters ? dweight_out.mutable_data_ptr<Acc>() : nullptr;
+    Acc* dbias = needs_parameters ? dbias_out.mutable_data_ptr<Acc>() : nullptr;
     const Means<Acc> means{training ? dz_mean.data() : nullptr, dz_x_hat_mean.data()};
-    if (dx || dresidual)
-      tiling.parallel([&](const Tile& t, int64_t) { tile_backward<T>(l, t, forward, g, means, dx, dresidual); });
+
+    if (!needs_sums) {
+      tiling.for_tiles([&](const Tile& t, int64_t) { tile_backward<T>(l, t, forward, g, means, dx, dresidual); });
+      return;
+    }
+    // The second pass need not work dz out again, where T holds it without rounding.
+    T* kept = activation && std::is_same_v<T, Acc> ? (dresidual ? dresidual : dx) : nullptr;
+    Forward<T> from_kept = forward;
+    if (kept) from_kept.activation = {};
+    const PerPart<Acc> dz_sums(tiling), dz_x_hat_sums(tiling);
+    std::vector<double> dz_sum(C), dz_x_hat_sum(C);  // over all parts
+    tiling.for_tiles_twice(
+        [&](const Tile& t, int64_t part) { tile_sums<T>(l, t, forward, g, dz_sums[part], dz_x_hat_sums[part], kept); },
+        [&](int64_t c_begin, int64_t c_end) {
+          merge_sums(tiling, c_begin, c_end, dz_sums, dz_sum.data());
+          merge_sums(tiling, c_begin, c_end, dz_x_hat_sums, dz_x_hat_sum.data());
+          const double N = static_cast<double>(l.per_channel());
+          for (int64_t c = c_begin; c < c_end; ++c) {
+            dz_mean[c] = static_cast<Acc>(dz_sum[c] / N);
+            dz_x_hat_mean[c] = static_cast<Acc>(dz_x_hat_sum[c] / N);
+          }
+          if (!needs_parameters) return;
+          std::copy(dz_sum.data() + c_begin, dz_sum.data() + c_end, dbias + c_begin);
+          std::copy(dz_x_hat_sum.data() + c_begin, dz_x_hat_sum.data() + c_end, dweight + c_begin);
+        },
+        [&](const Tile& t) {
+          if (kept && dx) tile_backward<T>(l, t, from_kept, kept, means, dx, nullptr);
+          if (!kept && (dx || dresidual)) tile_backward<T>(l, t, forward, g, means, dx, dresidual);
+        });
   });
   return {dx_out, dweight_out, dbias_out, dresidual_out};
 }

@@ -1,71 +1,40 @@
-// A batch (N, C, ...) in memory, cut into tiles that stay in cache, a range of the batch by a range of channels; and
-// the loops over a tile.
+// A batch in memory, cut into tiles: the loops over a tile, and the passes over all of them.
 #pragma once
 
-#include <algorithm>
+#include <torch/csrc/stable/ops.h>
 
-#include "../checks.h"
+#include <algorithm>
+#include <type_traits>
+
+#include "layout.h"
 #include "vectorize.h"
 
 namespace fused_ops {
-
-// x[o][c][i] in memory: (N, C, positions), or (N·positions, C, 1) where channels come last.
-struct Layout {
-  int64_t outer, channels, inner;
-};
 
 // A range of the outer dimension, of the channels and of the inner dimension.
 struct Tile {
   int64_t o_begin, o_end, c_begin, c_end, i_begin, i_end;
 
-  int64_t size() const { return (o_end - o_begin) * (c_end - c_begin) * (i_end - i_begin); }
+  int64_t rows() const { return o_end - o_begin; }
+  int64_t row_size() const { return (c_end - c_begin) * (i_end - i_begin); }
 };
 
-struct Tiling {
-  static constexpr int64_t kElements = 16384;  // of a tile: 64 KiB of float32
-  Layout layout;
-  int64_t c_size, o_size, c_count, o_count;
-
-  explicit Tiling(Layout l) : layout(l) {
-    const int64_t channels = std::max<int64_t>(1, l.channels), inner = std::max<int64_t>(1, l.inner);
-    c_size = std::min(channels, inner == 1 ? 512 : std::max<int64_t>(1, kElements / inner));
-    o_size = std::max<int64_t>(1, kElements / (c_size * inner));
-    c_count = ceil_div(channels, c_size);
-    o_count = ceil_div(l.outer, o_size);
-  }
-
-  // Calls f(tile, o) for every tile, o being the tile's place along the outer dimension.
-  template <typename F>
-  void parallel(const F& f) const {
-    const int64_t grain =
-        std::max<int64_t>(1, kElementsPerTask / (c_size * o_size * std::max<int64_t>(1, layout.inner)));
-    torch::stable::parallel_for(0, o_count * c_count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t o = i / c_count, c = i % c_count;
-        f(Tile{o * o_size, std::min((o + 1) * o_size, layout.outer), c * c_size,
-               std::min((c + 1) * c_size, layout.channels), 0, layout.inner},
-          o);
-      }
-    });
-  }
-};
-
-// f(c, index, k) for each element of a tile, the k-th of it. The inner loop runs along memory: over channels where they
-// come last, else over a channel's positions.
+// f(c, index, k) for each element of a tile, at this index in memory, the k-th of the tile. The inner loop runs along
+// memory: over channels where they come last, else over a channel's positions.
 template <typename F>
 inline void for_each(const Layout& l, const Tile& t, const F& f) {
   int64_t k = 0;
   for (int64_t o = t.o_begin; o < t.o_end; ++o) {
     if (l.inner == 1) {
-      const int64_t base = o * l.channels, start = k - t.c_begin;
+      const int64_t index = o * l.channels, k_0 = k - t.c_begin;
 #pragma omp simd
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) f(c, base + c, start + c);
+      for (int64_t c = t.c_begin; c < t.c_end; ++c) f(c, index + c, k_0 + c);
       k += t.c_end - t.c_begin;
     } else {
       for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const int64_t base = (o * l.channels + c) * l.inner, start = k - t.i_begin;
+        const int64_t index = (o * l.channels + c) * l.inner, k_0 = k - t.i_begin;
 #pragma omp simd
-        for (int64_t i = t.i_begin; i < t.i_end; ++i) f(c, base + i, start + i);
+        for (int64_t i = t.i_begin; i < t.i_end; ++i) f(c, index + i, k_0 + i);
         k += t.i_end - t.i_begin;
       }
     }
@@ -77,103 +46,155 @@ struct Pair {
   Acc first, second;
 };
 
-// first[c] += Σ value(c, index, k).first over a tile, and so for second. In the order of for_each: where channels come
-// last first and second are vectors, else sums of a channel are scalars.
-template <typename Acc, typename Value>
-inline void add_up(const Layout& l, const Tile& t, Acc* first, Acc* second, const Value& value) {
-  int64_t k = 0;
-  for (int64_t o = t.o_begin; o < t.o_end; ++o) {
-    if (l.inner == 1) {
-      const int64_t base = o * l.channels, start = k - t.c_begin;
+// Sums are taken over so many rows (o) at once: what they add to is then read and written once for all of these, and
+// none waits for each addition. The rows are a quarter of the tile apart, so that memory is read in long runs.
+constexpr int64_t kRows = 4;
+
+// add_up, over the `rows` rows o, o + step, o + 2·step, ... of a tile.
+template <int64_t rows, typename Acc, typename Value>
+inline void add_up_rows(const Layout& l, const Tile& t, int64_t o, int64_t step, Acc* first, Acc* second,
+                        const Value& value) {
+  const int64_t positions = t.i_end - t.i_begin, row_size = (t.c_end - t.c_begin) * positions;
+  const auto sum_of_rows = [=, index_step = step * l.channels * l.inner](int64_t c, int64_t index, int64_t k) {
+    Pair<Acc> sum = value(c, index, k);
+    for (int64_t r = 1; r < rows; ++r) {
+      const Pair<Acc> values = value(c, index + r * index_step, k + r * step * row_size);
+      sum.first += values.first;
+      sum.second += values.second;
+    }
+    return sum;
+  };
+  const int64_t index = o * l.channels * l.inner + t.i_begin, k = (o - t.o_begin) * row_size;
+  if (l.inner == 1) {
 #pragma omp simd
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const Pair<Acc> values = value(c, base + c, start + c);
-        first[c] += values.first;
-        second[c] += values.second;
-      }
-      k += t.c_end - t.c_begin;
-    } else {
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const int64_t base = (o * l.channels + c) * l.inner, start = k - t.i_begin;
-        Acc first_sum = 0, second_sum = 0;
+    for (int64_t c = t.c_begin; c < t.c_end; ++c) {
+      const Pair<Acc> sum = sum_of_rows(c, index + c, k + c - t.c_begin);
+      first[c] += sum.first;
+      second[c] += sum.second;
+    }
+  } else {
+    for (int64_t c = t.c_begin; c < t.c_end; ++c) {
+      const int64_t index_c = index + c * l.inner, k_c = k + (c - t.c_begin) * positions;
+      Acc first_sum = 0, second_sum = 0;
 #pragma omp simd reduction(+ : first_sum, second_sum)
-        for (int64_t i = t.i_begin; i < t.i_end; ++i) {
-          const Pair<Acc> values = value(c, base + i, start + i);
-          first_sum += values.first;
-          second_sum += values.second;
-        }
-        first[c] += first_sum;
-        second[c] += second_sum;
-        k += t.i_end - t.i_begin;
+      for (int64_t i = 0; i < positions; ++i) {
+        const Pair<Acc> sum = sum_of_rows(c, index_c + i, k_c + i);
+        first_sum += sum.first;
+        second_sum += sum.second;
       }
+      first[c] += first_sum;
+      second[c] += second_sum;
     }
   }
 }
 
-// A strip is a part of a tile of so few elements that they stay in the innermost cache.
+// first[c] += Σ value(c, index, k).first over a tile, and so for second; c, index and k as in for_each. Where channels
+// come last first and second are vectors, else sums of a channel are scalars.
+template <typename Acc, typename Value>
+inline void add_up(const Layout& l, const Tile& t, Acc* first, Acc* second, const Value& value) {
+  const int64_t step = t.rows() / kRows;
+  for (int64_t o = t.o_begin; o < t.o_begin + step; ++o) add_up_rows<kRows>(l, t, o, step, first, second, value);
+  for (int64_t o = t.o_begin + step * kRows; o < t.o_end; ++o) add_up_rows<1>(l, t, o, 0, first, second, value);
+}
+
+// A strip is a part of a tile of so few elements that they stay in the innermost cache: kRows rows of a part of it, or
+// more where they are shorter.
 constexpr int64_t kStrip = 2048;
 
 // f(strip) for each strip of a tile.
 template <typename F>
 inline void for_strips(const Layout& l, const Tile& t, const F& f) {
-  const int64_t c_size = l.inner == 1 ? t.c_end - t.c_begin : std::max<int64_t>(1, kStrip / l.inner);
-  const int64_t o_size = l.inner == 1 ? std::max<int64_t>(1, kStrip / c_size) : 1;
+  constexpr int64_t kRowSize = kStrip / kRows;
+  const int64_t c_size = std::min(t.c_end - t.c_begin, std::max<int64_t>(1, kRowSize / l.inner));
+  const int64_t i_size = std::min(t.i_end - t.i_begin, kRowSize), o_size = kStrip / (c_size * i_size);
   for (int64_t o = t.o_begin; o < t.o_end; o += o_size)
     for (int64_t c = t.c_begin; c < t.c_end; c += c_size)
-      for (int64_t i = t.i_begin; i < t.i_end; i += kStrip)
-        f(Tile{o, std::min(o + o_size, t.o_end), c, std::min(c + c_size, t.c_end), i, std::min(i + kStrip, t.i_end)});
+      for (int64_t i = t.i_begin; i < t.i_end; i += i_size)
+        f(Tile{o, std::min(o + o_size, t.o_end), c, std::min(c + c_size, t.c_end), i, std::min(i + i_size, t.i_end)});
 }
 
-// Whether memory holds (N, positions..., C) without gaps, for the shapes that PyTorch has a channels_last format for.
-inline bool is_channels_last(const Tensor& x) {
-  if (x.dim() < 4 || x.dim() > 5) return false;
-  int64_t expected = 1;
-  const auto has_stride = [&](int64_t d) {
-    const bool ok = x.size(d) == 1 || x.stride(d) == expected;
-    expected *= x.size(d);
-    return ok;
-  };
-  bool ok = has_stride(1);
-  for (int64_t d = x.dim() - 1; d >= 2; --d) ok = has_stride(d) && ok;
-  return has_stride(0) && ok;
-}
+constexpr int64_t kChannels = 1024;  // the most of a tile
 
-// Whether the strides of x have the order of channels_last, with gaps or without: then PyTorch's outputs have it, too.
-inline bool is_like_channels_last(const Tensor& x) {
-  if (x.dim() < 4 || x.dim() > 5 || x.stride(1) == 0) return false;
-  int64_t least = 0;
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    const int64_t d = i == 0 ? 1 : (i == x.dim() - 1 ? 0 : x.dim() - i);  // the channels, the positions, the batch
-    if (x.size(d) == 0 || x.stride(d) < least || (d == 0 && least == x.stride(1))) return false;
-    least = x.stride(d) * std::max<int64_t>(1, x.size(d));
+// All tiles of a batch: each block of channels is cut into the same parts of the outer and inner dimensions.
+struct Tiling {
+  static constexpr int64_t kMostRows = 1024;  // of a tile: sums over more lose precision
+  static constexpr int64_t kCached = 131072;  // elements of a block that stay in cache: 512 KiB of float32
+  Layout layout;
+  int64_t o_size, c_size, i_size, i_count;  // of a tile
+  int64_t blocks, parts;
+
+  // For two passes a tile has few channels where these stay in cache from one to the next, else long runs of memory.
+  Tiling(Layout l, bool two_passes) : layout(l) {
+    const int64_t outer = std::max<int64_t>(1, l.outer), inner = std::max<int64_t>(1, l.inner);
+    const bool stays = two_passes && outer * inner <= kCached;
+    const int64_t most = inner == 1 ? kChannels : kElementsPerTask / (stays ? outer * inner : inner);
+    c_size = even_size(l.channels, std::min(std::max<int64_t>(1, most), kChannels));
+    i_size = even_size(inner, kElementsPerTask / kRows);
+    o_size = std::max<int64_t>(1, kElementsPerTask / (c_size * i_size * kRows)) * kRows;
+    o_size = std::min({o_size, outer, kMostRows});
+    i_count = ceil_div(inner, i_size);
+    blocks = ceil_div(l.channels, c_size);
+    parts = ceil_div(l.outer, o_size) * i_count;
   }
-  return true;
-}
 
-// x itself where it is dense, else a dense copy.
-inline Tensor dense(const Tensor& x, bool channels_last) {
-  if (!channels_last) return torch::stable::contiguous(x);
-  if (is_channels_last(x)) return x;
-  Tensor copied = torch::stable::empty_like(x);  // which keeps the order of the strides
-  return torch::stable::copy_(copied, x);
-}
+  Tile tile(int64_t block, int64_t part) const {
+    const int64_t o = part / i_count * o_size, c = block * c_size, i = part % i_count * i_size;
+    return {o, std::min(o + o_size, layout.outer), c, std::min(c + c_size, layout.channels),
+            i, std::min(i + i_size, layout.inner)};
+  }
 
-inline Layout layout_of(const Tensor& x, bool channels_last) {
-  const int64_t N = x.size(0), C = x.size(1), per_channel = C ? x.numel() / C : 0;
-  if (per_channel == 0) return {0, C, 0};
-  if (channels_last) return {per_channel, C, 1};
-  return {N, C, per_channel / N};
-}
+  // f(tile, part) for every tile, in the order of memory.
+  template <typename F>
+  void for_tiles(const F& f) const {
+    in_parallel([&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) f(tile(n % blocks, n / blocks), n / blocks);
+    });
+  }
 
-// t, which has the shape and dtype of input, in its layout.
-inline Tensor in_layout_of(const Tensor& input, bool channels_last, const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == input.dim() && t.scalar_type() == input.scalar_type(), name,
-                  " should have the shape and dtype of the input");
-  for (int64_t d = 0; d < input.dim(); ++d)
-    STD_TORCH_CHECK(t.size(d) == input.size(d), name, " should have the shape of the input");
-  if (channels_last ? is_channels_last(t) : t.is_contiguous()) return t;
-  Tensor like_input = torch::stable::empty_like(input);
-  return torch::stable::copy_(like_input, t);
-}
+  // Backwards: a second pass begins with what the first one left in each thread's cache.
+  template <typename F>
+  void for_tiles_again(const F& f) const {
+    in_parallel([&](int64_t begin, int64_t end) {
+      for (int64_t n = end - 1; n >= begin; --n) f(tile(n % blocks, n / blocks));
+    });
+  }
+
+  // first(tile, part) for every tile, then between(c_begin, c_end) for every block of channels, then second(tile) for
+  // every tile. Block by block where one stays in cache and there are enough of them for all threads: the second pass
+  // then reads no memory. Neither changes what is computed.
+  template <typename First, typename Between, typename Second>
+  void for_tiles_twice(const First& first, const Between& between, const Second& second) const {
+    const auto end_of = [&](int64_t block) { return std::min((block + 1) * c_size, layout.channels); };
+    const int64_t block_size = c_size * layout.per_channel(), threads = torch::stable::get_num_threads();
+    if (block_size <= kCached && (block_size * blocks <= kElementsPerTask || blocks >= 4 * threads)) {
+      const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, block_size));
+      torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+          for (int64_t part = 0; part < parts; ++part) first(tile(block, part), part);
+          between(block * c_size, end_of(block));
+          for (int64_t part = parts - 1; part >= 0; --part) second(tile(block, part));
+        }
+      });
+    } else {
+      for_tiles(first);
+      torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) between(block * c_size, end_of(block));
+      });
+      for_tiles_again(second);
+    }
+  }
+
+ private:
+  template <typename F>
+  void in_parallel(const F& f) const {
+    const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (o_size * c_size * i_size));
+    torch::stable::parallel_for(0, parts * blocks, grain, f);
+  }
+
+  // The size of parts, none larger than `most`, that are about alike.
+  static int64_t even_size(int64_t size, int64_t most) {
+    return std::max<int64_t>(1, ceil_div(size, std::max<int64_t>(1, ceil_div(size, most))));
+  }
+};
 
 }  // namespace fused_ops

@@ -59,6 +59,9 @@ def batch_norm_cases():
     case("momentum-0.7-eps-0.1", (5, 3), momentum=0.7, eps=0.1)
     case("one-row-evaluation", (1, 3), training=False)
     case("large-mean", (64, 3), view=lambda x: x + 300, gradcheck=False)
+    # unlike all others: the first row, one of those whose mean the kernel subtracts; and the first rows
+    case("far-first-row", (64, 3), view=lambda x: torch.cat((x[:1] + 1e4, x[1:])), gradcheck=False)
+    case("far-first-rows", (200, 3), view=lambda x: torch.cat((x[:25] + 300, x[25:])), gradcheck=False)
     for shape in [(0, 3), (2, 3, 0)]:
         case(f"empty-{'x'.join(map(str, shape))}-training", shape)
         case(f"empty-{'x'.join(map(str, shape))}-evaluation", shape, training=False)
