@@ -120,6 +120,11 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
         (ops.cross_entropy_forward, (LOGITS.long(), TARGET, None, *options, False)),
         (ops.cross_entropy_forward, (LOGITS, LOGITS[:, :2], None, *options, False)),
         (ops.cross_entropy_forward, (LOGITS, LOGITS.double(), None, *options, False)),
+        (ops.cross_entropy_forward, (LOGITS[:, :, None].expand(2, 3, 4), TARGET, None, *options, False)),
+        (ops.cross_entropy_forward, (LOGITS[:, :, None], LOGITS, None, *options, False)),
+        (ops.cross_entropy_scale_, (LOGITS.clone(), scalar, TARGET[:1], -100)),
+        (ops.cross_entropy_scale_, (LOGITS.clone(), X[0], TARGET, -100)),
+        (ops.cross_entropy_scale_, (LOGITS.clone().t(), scalar, square, -100)),
         (
             ops.cross_entropy_backward_,
             (scalar, LOGITS.t(), square, None, X[:2], scalar, *options, False),

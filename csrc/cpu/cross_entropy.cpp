@@ -190,7 +190,7 @@ struct BlockLoss {
   void logits_gradient(const B& block, int64_t r, const Elements<T>& at, const Acc* e,
                        const RowValues<Acc>& row) const {
     Factors<Acc> factors;
-    inverse_sums(row.log_z, factors.a);
+    inverse_sums(block, row.log_z, factors.a);
     for (int64_t i = 0; i < block.rows; ++i) {
       const Acc g = row.g[i];
       Acc A = 2 * z_loss * (row.m[i] + row.log_z[i]);

@@ -154,9 +154,9 @@ FUSED_OPS_VECTORIZED void block_gradient(const T* x, B block, Cap cap, const Acc
 }
 
 // 1/z of every row, from log_z.
-template <typename Acc>
-FUSED_OPS_VECTORIZED void inverse_sums(const Lanes<Acc>& log_z, Lanes<Acc>& inverse) {
-  for_lanes(kLanes, [&](int64_t p) { inverse[p] = exp(-log_z[p]); });
+template <typename B, typename Acc>
+FUSED_OPS_VECTORIZED void inverse_sums(B block, const Lanes<Acc>& log_z, Lanes<Acc>& inverse) {
+  for_lanes(block.rows, [&](int64_t p) { inverse[p] = exp(-log_z[p]); });
 }
 
 // dy_c = g·dt/dy·(lse − s_c) of every row.

@@ -17,9 +17,10 @@ def as_rows(x):
     return x.movedim(1, -1).reshape(N * math.prod(positions), C)
 
 
-def lies_in_rows(x):
-    """Whether (N, C, d1, ...) lies in memory as rows of classes do: channels_last."""
-    return x.movedim(1, -1).is_contiguous()
+def as_batch(x):
+    """(C,), (N, C) or (N, C, d1, d2, ...) as the ops take it without a copy: (N, C, D), or rows, which is how C lies in
+    memory in channels_last."""
+    return as_rows(x) if x.dim() < 3 or x.movedim(1, -1).is_contiguous() else x.flatten(2)
 
 
 def like_logits(rows, logits):
@@ -57,6 +58,11 @@ def is_final_backward(dloss):
 def without_classes(shape):
     """(C,), (N, C) or (N, C, d1, d2, ...) without its C."""
     return (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+
+
+def in_dtype(loss, dtype):
+    """The loss in this dtype, or, under autocast, in that in which it was computed."""
+    return loss if loss.dtype == dtype or is_autocast_enabled(loss.device) else loss.to(dtype)
 
 
 def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap):

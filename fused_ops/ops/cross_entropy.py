@@ -28,10 +28,9 @@ logits of 1e4 a float32 has no digits left for a log_z of 0.7. Always lse − s 
 
 Logits of D positions an example, (N, C, D), are N·D such rows, taken as they lie: the classes of a row D apart.
 
-If the loss is one number, all that comes back to its rows is dloss times what dloss = 1 would be. So the forward pass
-makes dx for dloss = 1 while a row is in cache, and the backward pass only multiplies. Where nothing would be gained or
-something lost (reduction "none", float16 before a loss scale, a second backward pass, second derivatives) it starts
-from the logits once more.
+If the loss is one number, its gradient is that for dloss = 1 times dloss. So the forward pass makes it while a row is
+in cache, and the backward pass multiplies. Otherwise (reduction "none", float16, which might need dloss to hold it, a
+second backward pass, second derivatives) the backward pass starts from the logits.
 
 Reductions: "none" returns loss_n; "sum" adds them; "mean" divides the sum by Σ w_y over the rows kept (class indices)
 or by N (class probabilities), as `torch.nn.functional.cross_entropy` does. Rows whose y is `ignore_index` have loss 0.
@@ -43,21 +42,14 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy_reduction
 
-from fused_ops._op import (
-    accumulate_dtype,
-    batch_first,
-    below_autograd,
-    define,
-    differentiable,
-    is_autocast_enabled,
-    looped,
-)
+from fused_ops._op import accumulate_dtype, batch_first, below_autograd, define, differentiable, looped
 from fused_ops.ops._logits import (
+    as_batch,
     as_rows,
     check_loss,
+    in_dtype,
     in_forward_pass,
     is_final_backward,
-    lies_in_rows,
     like_logits,
     target_rows,
     without_classes,
@@ -398,9 +390,7 @@ def cross_entropy(
         )
     check_loss(input.shape, input.dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
-    logits, dtype = input, input.dtype
-    if input.dim() != 2:
-        logits = as_rows(input) if input.dim() == 1 or lies_in_rows(input) else input.flatten(2)  # (N, C) or (N, C, D)
+    logits, dtype = as_batch(input), input.dtype  # (N, C) or (N, C, D)
     if target.is_floating_point():
         y = as_rows(target) if logits.dim() == 2 else target.flatten(2)  # as logits
         dtype = torch.promote_types(dtype, target.dtype)
@@ -413,6 +403,5 @@ def cross_entropy(
     else:
         made = logits.requires_grad and not y.requires_grad and in_forward_pass(reduction, dtype)
         loss, *_ = _cross_entropy(logits, y, weight, *options, made and not torch.compiler.is_compiling())
-    if loss.dtype != dtype and not is_autocast_enabled(input.device):
-        loss = loss.to(dtype)
+    loss = in_dtype(loss, dtype)
     return loss.reshape(without_classes(input.shape)) if reduction == "none" else loss

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, is_autocast_enabled, looped
 from fused_ops.ops import cross_entropy as ce
-from fused_ops.ops._logits import as_rows, check_loss, in_forward_pass, is_final_backward, without_classes
+from fused_ops.ops._logits import as_rows, check_loss, in_dtype, in_forward_pass, is_final_backward, without_classes
 from fused_ops.ops.cross_entropy_derivatives import mean_weights, reduced, row_gradient
 from fused_ops.ops.linear_cross_entropy_derivatives import accumulated, gradients_along, linear_logits, loss_along
 
@@ -281,7 +281,7 @@ def linear_cross_entropy(
         chunk_size = options.batch_chunk_size
     shape = _check(input, linear_weight, target, linear_bias, ignore_index, chunk_size)
     ignore_index = -100 if ignore_index is None else ignore_index
-    if autocast := is_autocast_enabled(input.device):
+    if is_autocast_enabled(input.device):
         input, linear_weight, linear_bias = map(_autocast, (input, linear_weight, linear_bias))
     check_loss(shape, input.dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
@@ -294,8 +294,7 @@ def linear_cross_entropy(
     needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
     settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or max(128, H // 2)
     loss, *_ = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
-    if not autocast:
-        loss = loss.to(torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype)
+    loss = in_dtype(loss, torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype)
     return loss.reshape(without_classes(shape)) if reduction == "none" else loss
 
 
