@@ -148,7 +148,7 @@ struct BlockLoss {
     widen_block<T>(at.x, block, cap, buffer, row.m);
     if constexpr (Targets::kDense) sum_distances(block, buffer, t, row.m, distance);
     if constexpr (Targets::kProbabilities) sum_targets(block, t, row.t_sum);
-    exponentiate(block, row.m, buffer, z);
+    exponentiate(at.x, block, row.m, buffer, z);
     for (int64_t i = 0; i < block.rows; ++i) {
       Acc &m = row.m[i], &log_z = row.log_z[i], &loss = losses[i];
       log_z = std::log(z[i]);
@@ -180,7 +180,7 @@ struct BlockLoss {
     if (!at.dx) return;
     Lanes<Acc> m, z;  // known already
     widen_block<T>(at.x, block, cap, buffer, m);
-    exponentiate(block, row.m, buffer, z);
+    exponentiate(at.x, block, row.m, buffer, z);
     logits_gradient(block, r, at, buffer, row);
   }
 

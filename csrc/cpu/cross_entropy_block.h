@@ -91,15 +91,20 @@ FUSED_OPS_VECTORIZED void widen_block(const T* x, B block, Cap cap, Acc* s, Lane
   }
 }
 
-// exp(s_c − m), where s_c was, and z = Σ exp(s − m) of every row.
-template <typename B, typename Acc>
-FUSED_OPS_VECTORIZED void exponentiate(B block, const Lanes<Acc>& m, Acc* s, Lanes<Acc>& z) {
+// exp(s_c − m), where s_c was, and z = Σ exp(s − m) of every row. Meanwhile memory brings the next block's logits: it
+// has nothing else to do, and else the next block would wait for it. (To prefetch beyond the last one is harmless.)
+template <typename T, typename B, typename Acc>
+FUSED_OPS_VECTORIZED void exponentiate(const T* x, B block, const Lanes<Acc>& m, Acc* s, Lanes<Acc>& z) {
+  constexpr int64_t kCacheLine = 64 / sizeof(T);
+  const T* next = x + (B::kSideBySide ? kLanes : block.C);
   std::fill(z, z + kLanes, Acc(0));
-  for (int64_t k = 0; k < block.steps(); ++k, s += kLanes)
+  for (int64_t k = 0; k < block.steps(); ++k, s += kLanes, next += block.step()) {
+    for (int64_t i = 0; i < kLanes; i += kCacheLine) __builtin_prefetch(next + i);
     for_lanes(kLanes, [&](int64_t p) {
       s[p] = exp_of_softmax(s[p] - m[p]);
       z[p] += s[p];
     });
+  }
   block.merge(z);
 }
 
