@@ -2,24 +2,49 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <initializer_list>
 
 #include "checks.h"
 
 namespace fused_ops {
 
-// The inputs of a kernel, checked and contiguous; the class weights in the accumulate type.
+// torch::stable's functions look their op up by its name at every call, which takes longer than a small batch: these
+// call it only where there is something to do.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline Tensor as_type(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+// Contiguous, on the device of another tensor.
+inline Tensor empty_beside(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType type) {
+  std::array<int64_t, 3> strides{};
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[i])) strides.at(i) = stride;
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, t.get_device_index(), &made));
+  return Tensor(made);
+}
+
+// The inputs of a kernel, checked and contiguous; the class weights in the accumulate type. The logits are (N, C), or
+// (N, C, D) with D positions an example: R = N·D rows of classes, whose elements are D apart.
 struct Rows {
   Tensor logits, target;
   std::optional<Tensor> weight;
-  int64_t N, C, ignore_index;
+  int64_t N, C, D, R, ignore_index;
   bool probabilities, per_row, mean;  // the targets are class probabilities; reduction is "none"; "mean"
   double label_smoothing, z_loss;
   std::optional<double> softcap;
 
   Rows(const Tensor& logits_, const Tensor& target_, const std::optional<Tensor>& weight_, int64_t ignore_index_,
        const std::string& reduction, double label_smoothing_, double z_loss_, std::optional<double> softcap_)
-      : logits(torch::stable::contiguous(logits_)),
-        target(torch::stable::contiguous(target_)),
+      : logits(as_contiguous(logits_)),
+        target(as_contiguous(target_)),
         ignore_index(ignore_index_),
         probabilities(target_.scalar_type() != ScalarType::Long),
         per_row(reduction == "none"),
@@ -27,24 +52,30 @@ struct Rows {
         label_smoothing(label_smoothing_),
         z_loss(z_loss_),
         softcap(softcap_) {
-    STD_TORCH_CHECK(logits.dim() == 2, "logits should be (N, C)");
+    const int64_t dim = logits.dim();
+    STD_TORCH_CHECK(dim == 2 || dim == 3, "logits should be (N, C) or (N, C, D)");
     N = logits.size(0);
     C = logits.size(1);
+    D = dim == 3 ? logits.size(2) : 1;
+    R = N * D;
     if (probabilities) {
-      STD_TORCH_CHECK(target.dim() == 2 && target.size(0) == N && target.size(1) == C &&
-                          target.scalar_type() == logits.scalar_type(),
-                      "target should be class indices, (N,), or class probabilities, (N, C), in the logits' dtype");
+      STD_TORCH_CHECK(target.dim() == dim && target.size(0) == N && target.size(1) == C &&
+                          (dim == 2 || target.size(2) == D) && target.scalar_type() == logits.scalar_type(),
+                      "target should be class indices, (N·D,), or class probabilities, like logits");
     } else {
-      check_vector(target, N, ScalarType::Long, "target");
+      check_vector(target, R, ScalarType::Long, "target");
     }
     check_same_device(target, logits, "target");
     if (weight_) {
       const auto type = accumulate_type(logits.scalar_type());
-      weight = torch::stable::contiguous(torch::stable::to(*weight_, type));
+      weight = as_contiguous(as_type(*weight_, type));
       check_vector(*weight, C, type, "weight");
       check_same_device(*weight, logits, "weight");
     }
   }
+
+  // Where row r starts in memory.
+  int64_t start(int64_t r) const { return r / D * D * C + r % D; }
 };
 
 // What comes back to the loss, and what its forward pass saved.
@@ -52,12 +83,12 @@ struct RowGradients {
   Tensor dlosses, stats, divisor;
 
   RowGradients(const Rows& rows, const Tensor& dloss, const Tensor& stats_, const Tensor& divisor_)
-      : dlosses(torch::stable::contiguous(torch::stable::to(dloss, accumulate_type(rows.logits.scalar_type())))),
-        stats(torch::stable::contiguous(stats_)),
+      : dlosses(as_contiguous(as_type(dloss, accumulate_type(rows.logits.scalar_type())))),
+        stats(as_contiguous(stats_)),
         divisor(divisor_) {
     const auto type = accumulate_type(rows.logits.scalar_type());
-    STD_TORCH_CHECK(dlosses.numel() == (rows.per_row ? rows.N : 1), "dloss should have an element for each loss");
-    STD_TORCH_CHECK(stats.numel() == 2 * rows.N && stats.scalar_type() == type, "stats should be (2, N)");
+    STD_TORCH_CHECK(dlosses.numel() == (rows.per_row ? rows.R : 1), "dloss should have an element for each loss");
+    STD_TORCH_CHECK(stats.numel() == 2 * rows.R && stats.scalar_type() == type, "stats should be (2, N·D)");
     STD_TORCH_CHECK(divisor.numel() == 1 && divisor.scalar_type() == type, "divisor should be a scalar");
     check_same_device(dlosses, rows.logits, "dloss");
     check_same_device(stats, rows.logits, "stats");
@@ -65,9 +96,12 @@ struct RowGradients {
   }
 };
 
-// Room for a gradient of the rows, or (0,) where none is needed.
+// Room for a gradient like the logits, or (0,) where none is needed.
 inline Tensor gradient_or_nothing(const Rows& rows, bool needed) {
-  return needed ? torch::stable::new_empty(rows.logits, {rows.N, rows.C}) : torch::stable::new_empty(rows.logits, {0});
+  const auto type = rows.logits.scalar_type();
+  if (!needed) return empty_beside(rows.logits, {0}, type);
+  if (rows.logits.dim() == 2) return empty_beside(rows.logits, {rows.N, rows.C}, type);
+  return empty_beside(rows.logits, {rows.N, rows.C, rows.D}, type);
 }
 
 // Its elements, or null where it has none.
@@ -88,12 +122,13 @@ struct Softcap {
   FUSED_OPS_HOST_DEVICE Acc slope(Acc s) const { return kCapped ? 1 - (s * inverse) * (s * inverse) : Acc(1); }
 };
 
-// The target weights t_c of a row, in three forms; only class probabilities also have a gradient.
+// The target weights t_c of a row, in three forms; only class probabilities are elements in memory, of which the i-th
+// is that of class c, and have a gradient.
 struct OneHot {  // t_c = 0, but for what the target itself has on top: that is the caller's
   static constexpr bool kDense = false, kProbabilities = false;
 
   FUSED_OPS_HOST_DEVICE OneHot row(int64_t) const { return *this; }
-  FUSED_OPS_HOST_DEVICE int operator()(int64_t) const { return 0; }
+  FUSED_OPS_HOST_DEVICE int operator()(int64_t, int64_t) const { return 0; }
 };
 
 template <typename Acc>
@@ -102,7 +137,7 @@ struct Smoothed {  // t_c = w_c: the caller multiplies by ε/C, and adds what th
   const Acc* w;  // or null
 
   FUSED_OPS_HOST_DEVICE Smoothed row(int64_t) const { return *this; }
-  FUSED_OPS_HOST_DEVICE Acc operator()(int64_t c) const { return w ? w[c] : Acc(1); }
+  FUSED_OPS_HOST_DEVICE Acc operator()(int64_t c, int64_t) const { return w ? w[c] : Acc(1); }
 };
 
 template <typename T, typename Acc = accumulate_t<T>>
@@ -114,8 +149,8 @@ struct Probabilities {  // t_c = w_c·((1−ε)·y_c + ε/C)
 
   FUSED_OPS_HOST_DEVICE Probabilities row(int64_t start) const { return {y + start, w, keep, share}; }
   FUSED_OPS_HOST_DEVICE Acc slope(int64_t c) const { return w ? keep * w[c] : keep; }  // dt/dy
-  FUSED_OPS_HOST_DEVICE Acc operator()(int64_t c) const {
-    const Acc t = keep * widen(y[c]) + share;
+  FUSED_OPS_HOST_DEVICE Acc operator()(int64_t c, int64_t i) const {
+    const Acc t = keep * widen(y[i]) + share;
     return w ? w[c] * t : t;
   }
 };

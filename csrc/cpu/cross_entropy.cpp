@@ -1,92 +1,19 @@
 // Cross-entropy. Derivation and names: fused_ops/ops/cross_entropy.py.
 //
-// A row is read from memory once and then from cache: its maximum first, then the sums. Rows are independent, so the
-// result does not depend on the number of threads.
-#include "../cross_entropy.h"
-
-#include <limits>
+// A row is read from memory once: its logits are widened into a buffer that stays in cache, and become their
+// exponentials there, of which both the loss and the gradient are made. Rows are independent, and it does not matter to
+// them how they are taken together into blocks, so the result does not depend on the number of threads.
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
+#include "cross_entropy_block.h"
 #include "huge_pages.h"
-#include "vectorize.h"
 
 namespace fused_ops {
 namespace {
 
-// What the loss of one row is made of: m = max s, z = Σ exp(s − m), t_sum = Σ t, distance = Σ t·(m − s).
-template <typename Acc>
-struct RowSums {
-  Acc m, z, t_sum, distance;
-};
-
-template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void sum_row(const T* x, int64_t C, Cap cap, Targets t, RowSums<Acc>* sums) {
-  Acc largest = -std::numeric_limits<Acc>::infinity(), z = 0, t_sum = 0, distance = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t c = 0; c < C; ++c) {
-    const Acc x_c = widen(x[c]);
-    largest = largest < x_c ? x_c : largest;  // passes over a NaN
-  }
-  Acc m = cap(largest);
-#pragma omp simd reduction(+ : z)
-  for (int64_t c = 0; c < C; ++c) z += exp_of_softmax(cap(widen(x[c])) - m);
-  if constexpr (Targets::kDense) {
-#pragma omp simd reduction(+ : t_sum, distance)
-    for (int64_t c = 0; c < C; ++c) {
-      const Acc t_c = t(c);
-      t_sum += t_c;
-      distance += t_c * (m - cap(widen(x[c])));
-    }
-  }
-  if (std::isnan(z) && std::isfinite(m)) m = z;  // a NaN among the logits
-  *sums = {m, z, t_sum, distance};
-}
-
-// Σ t of a row alone.
-template <typename Acc, typename Targets>
-FUSED_OPS_VECTORIZED void sum_targets(int64_t C, Targets t, Acc* t_sum) {
-  Acc sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < C; ++c) sum += static_cast<Acc>(t(c));
-  *t_sum = sum;
-}
-
-// dx_c = (gA·p_c − g_t·t_c)·k_c, with p_c = exp(s_c − m − log_z). dx may lie where x does.
-template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void row_gradient(const T* x, int64_t C, Cap cap, Targets t, Acc m, Acc log_z, Acc gA, Acc g_t,
-                                       T* dx) {
-#pragma omp simd
-  for (int64_t c = 0; c < C; ++c) {
-    const Acc s = cap(widen(x[c]));
-    dx[c] = narrow<T>((gA * exp_of_softmax(s - m - log_z) - g_t * t(c)) * cap.slope(s));
-  }
-}
-
-// dy_c = g·dt/dy·(lse − s_c)
-template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void target_gradient(const T* x, int64_t C, Cap cap, Targets t, Acc m, Acc log_z, Acc g, T* dy) {
-#pragma omp simd
-  for (int64_t c = 0; c < C; ++c) dy[c] = narrow<T>(g * t.slope(c) * (log_z - (cap(widen(x[c])) - m)));
-}
-
-// Throws where a target is out of bounds: later, inside parallel_for, nothing may.
-void check_targets(const Rows& rows) {
-  if (rows.probabilities) return;
-  const int64_t* y = rows.target.const_data_ptr<int64_t>();
-  for (int64_t n = 0; n < rows.N; ++n)
-    if (y[n] != rows.ignore_index && (y[n] < 0 || y[n] >= rows.C))
-      throw std::out_of_range("Target " + std::to_string(y[n]) + " is out of bounds.");
-}
-
-// Calls f(n) for every row.
-template <typename F>
-void for_each_row(const Rows& rows, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, rows.C));
-  torch::stable::parallel_for(0, rows.N, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) f(n);
-  });
-}
+constexpr int64_t kLongRow = 128;  // so many classes are worth the merging of lanes
 
 // The class indices and their weights.
 template <typename Acc>
@@ -100,108 +27,294 @@ struct Classes {
         w(data_or_null<Acc>(rows.weight)),
         ignore_index(rows.ignore_index) {}
 
-  bool ignored(int64_t n) const { return y && y[n] == ignore_index; }
-  Acc weight(int64_t n) const { return y && w ? w[y[n]] : Acc(1); }
+  bool ignored(int64_t r) const { return y && y[r] == ignore_index; }
+  Acc weight(int64_t r) const { return y && w ? w[y[r]] : Acc(1); }
 };
+
+// Throws where a target is out of bounds: later, inside parallel_for, nothing may.
+void check_targets(const Rows& rows) {
+  if (rows.probabilities) return;
+  const int64_t* y = rows.target.const_data_ptr<int64_t>();
+  for (int64_t r = 0; r < rows.R; ++r)
+    if (y[r] != rows.ignore_index && (y[r] < 0 || y[r] >= rows.C))
+      throw std::out_of_range("Target " + std::to_string(y[r]) + " is out of bounds.");
+}
+
+// Logits, class probabilities and their gradients from some element on; null where there are none.
+template <typename T>
+struct Elements {
+  const T *x, *y;
+  T *dx, *dy;
+
+  Elements from(int64_t i) const { return {x + i, y ? y + i : nullptr, dx ? dx + i : nullptr, dy ? dy + i : nullptr}; }
+};
+
+// Copies rows from r on, wherever they lie, side by side; and back.
+template <typename T>
+void gather(const Rows& rows, int64_t r, int64_t count, const T* x, T* side_by_side) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = x + rows.start(r + i);
+    for (int64_t c = 0; c < rows.C; ++c) side_by_side[c * kLanes + i] = row[c * rows.D];
+  }
+}
+
+template <typename T>
+void scatter(const Rows& rows, int64_t r, int64_t count, const T* side_by_side, T* x) {
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = x + rows.start(r + i);
+    for (int64_t c = 0; c < rows.C; ++c) row[c * rows.D] = side_by_side[c * kLanes + i];
+  }
+}
+
+// Calls f(block, its first row, its elements, a buffer for its steps) until all rows are done. A block is a long row,
+// or rows that lie side by side, or that are gathered to do so.
+template <typename T, typename F>
+void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
+  using Acc = accumulate_t<T>;
+  const int64_t C = rows.C, D = rows.D, R = rows.R;
+  const bool long_rows = D == 1 && C >= kLongRow, gathered = !long_rows && D < kLanes;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t tasks = std::clamp<int64_t>(ceil_div(R * C, kElementsPerTask), 1, threads);
+  const int64_t buffer_size = kLanes * (long_rows ? ceil_div(C, kLanes) : C);
+  const int64_t gathered_size = gathered ? kLanes * C : 0;
+  const std::unique_ptr<Acc[]> buffers(new Acc[tasks * buffer_size]);
+  const std::unique_ptr<T[]> gatherings(new T[tasks * 4 * gathered_size]);
+
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
+    for (int64_t task = first_task; task < last_task; ++task) {
+      Acc* buffer = buffers.get() + task * buffer_size;
+      T* x = gatherings.get() + task * 4 * gathered_size;
+      T *y = x + gathered_size, *dx = y + gathered_size, *dy = dx + gathered_size;
+      const Elements<T> in_cache{x, all.y ? y : nullptr, all.dx ? dx : nullptr, all.dy ? dy : nullptr};
+      const int64_t end = R * (task + 1) / tasks;
+      for (int64_t r = R * task / tasks, count; r < end; r += count) {
+        if (long_rows) {
+          count = 1;
+          f(Block<false>{C, count, D}, r, all.from(rows.start(r)), buffer);
+        } else if (gathered) {
+          count = std::min(kLanes, end - r);
+          gather(rows, r, count, all.x, x);
+          if (all.y) gather(rows, r, count, all.y, y);
+          f(Block<true>{C, count, kLanes}, r, in_cache, buffer);
+          if (all.dx) scatter(rows, r, count, dx, all.dx);
+          if (all.dy) scatter(rows, r, count, dy, all.dy);
+        } else {
+          count = std::min({kLanes, D - r % D, end - r});
+          f(Block<true>{C, count, D}, r, all.from(rows.start(r)), buffer);
+        }
+      }
+    }
+  });
+}
+
+// Of each row of a block: m and log_z, the gradient g of its loss, and Σ t.
+template <typename Acc>
+struct RowValues {
+  Lanes<Acc> m, log_z, g, t_sum;
+};
+
+// The losses and gradients of a block, in one of the forms of the targets.
+template <typename T, typename Cap, typename Targets>
+struct BlockLoss {
+  using Acc = accumulate_t<T>;
+  Cap cap;
+  Targets targets;
+  Classes<Acc> classes;
+  Acc keep, share, z_loss, w_sum = 0;  // 1 − ε, ε/C, ζ; Σ w, of smoothed class indices
+
+  BlockLoss(const Rows& rows, Cap cap_, Targets targets_)
+      : cap(cap_),
+        targets(targets_),
+        classes(rows),
+        keep(static_cast<Acc>(1 - rows.label_smoothing)),
+        share(static_cast<Acc>(rows.label_smoothing / std::max<int64_t>(1, rows.C))),
+        z_loss(static_cast<Acc>(rows.z_loss)) {
+    if constexpr (Targets::kDense && !Targets::kProbabilities)
+      for (int64_t c = 0; c < rows.C; ++c) w_sum += targets(c, c);
+  }
+
+  Targets targets_of(const Elements<T>& at) const {
+    Targets t = targets;
+    if constexpr (Targets::kProbabilities) t.y = at.y;
+    return t;
+  }
+
+  // From the gradient of each loss, which is in `row`, dx, unless it is null: the losses of rows from r on. The others
+  // of `row` it finds.
+  template <typename B>
+  void forward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row, Acc* buffer, Acc* losses) const {
+    const auto t = targets_of(at);
+    Lanes<Acc> z, distance;
+    widen_block<T>(at.x, block, cap, buffer, row.m);
+    if constexpr (Targets::kDense) sum_distances(block, buffer, t, row.m, distance);
+    if constexpr (Targets::kProbabilities) sum_targets(block, t, row.t_sum);
+    exponentiate(at.x, block, row.m, buffer, z);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      Acc &m = row.m[i], &log_z = row.log_z[i], &loss = losses[i];
+      log_z = std::log(z[i]);
+      loss = 0;
+      if constexpr (Targets::kProbabilities)
+        loss = block.C ? row.t_sum[i] * log_z + distance[i] : Acc(0);
+      else if (!classes.ignored(r + i)) {
+        const Acc s_y = cap(widen(at.x[block.place(i, classes.y[r + i])]));
+        loss = keep * classes.weight(r + i) * (log_z - (s_y - m));
+        if constexpr (Targets::kDense) loss += share * (w_sum * log_z + distance[i]);
+      }
+      if (std::isnan(z[i]) && std::isfinite(m)) m = z[i];  // a NaN among the logits
+      if (z_loss != 0 && !classes.ignored(r + i)) loss += z_loss * (m + log_z) * (m + log_z);
+    }
+    if (at.dx) logits_gradient(block, r, at, buffer, row);
+  }
+
+  // The gradients of rows from r on, where not null, from what is in `row`.
+  template <typename B>
+  void backward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row, Acc* buffer) const {
+    block.share(row.m);
+    if constexpr (Targets::kProbabilities) {
+      const auto t = targets_of(at);
+      sum_targets(block, t, row.t_sum);
+      block.share(row.log_z);
+      block.share(row.g);
+      if (at.dy) target_gradient<T>(at.x, block, cap, t, row.m, row.log_z, row.g, at.dy);
+    }
+    if (!at.dx) return;
+    Lanes<Acc> m, z;  // known already
+    widen_block<T>(at.x, block, cap, buffer, m);
+    exponentiate(at.x, block, row.m, buffer, z);
+    logits_gradient(block, r, at, buffer, row);
+  }
+
+ private:
+  // dx of the rows from r on, from e = exp(s_c − m) in steps.
+  template <typename B>
+  void logits_gradient(const B& block, int64_t r, const Elements<T>& at, const Acc* e,
+                       const RowValues<Acc>& row) const {
+    Factors<Acc> factors;
+    inverse_sums(block, row.log_z, factors.a);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      const Acc g = row.g[i];
+      Acc A = 2 * z_loss * (row.m[i] + row.log_z[i]);
+      if constexpr (Targets::kProbabilities) {
+        A += row.t_sum[i];
+        factors.g_t[i] = g;
+      } else {
+        const Acc nll_t = classes.ignored(r + i) ? Acc(0) : keep * classes.weight(r + i);  // what t has at y alone
+        A += nll_t + share * w_sum;
+        factors.g_t[i] = g * share;
+        factors.g_y[i] = g * nll_t;
+        factors.y[i] = classes.ignored(r + i) ? 0 : static_cast<int32_t>(classes.y[r + i]);
+      }
+      factors.a[i] *= g * A;
+    }
+    block.share(factors.a);
+    block.share(factors.g_t);
+    block.share(factors.g_y);
+    block_gradient<T>(at.x, block, cap, e, targets_of(at), factors, at.dx);
+    for (int64_t i = 0; i < block.rows; ++i)
+      for (int64_t c = 0; classes.ignored(r + i) && c < block.C; ++c) at.dx[block.place(i, c)] = T(0);
+  }
+};
+
+// Calls f with the BlockLoss of the rows.
+template <typename T, typename F>
+void dispatch_blocks(const Rows& rows, const F& f) {
+  dispatch_forms<T>(
+      rows, [&](auto cap, auto targets) { f(BlockLoss<T, decltype(cap), decltype(targets)>(rows, cap, targets)); });
+}
+
+template <typename T>
+const T* probabilities_or_null(const Rows& rows) {
+  return rows.probabilities ? rows.target.const_data_ptr<T>() : nullptr;
+}
 
 // The gradient of every row, dx (which may be the logits themselves) and dy, where not null.
 template <typename T>
 void row_gradients(const Rows& rows, const RowGradients& gradients, T* dx, T* dy) {
   using Acc = accumulate_t<T>;
-  const int64_t N = rows.N, C = rows.C;
-  const T* x = rows.logits.const_data_ptr<T>();
-  const Classes<Acc> classes(rows);
-  const Acc *m = gradients.stats.const_data_ptr<Acc>(), *log_z = m + N;
+  const Acc *m = gradients.stats.const_data_ptr<Acc>(), *log_z = m + rows.R;
   const Acc* dlosses = gradients.dlosses.const_data_ptr<Acc>();
   const Acc divisor = rows.mean ? *gradients.divisor.const_data_ptr<Acc>() : Acc(1);
-  const Acc share = static_cast<Acc>(rows.label_smoothing / std::max<int64_t>(1, C));
-
-  dispatch_forms<T>(rows, [&](auto cap, auto targets) {
-    using Targets = decltype(targets);
-    Acc w_sum = 0;  // Σ w, of smoothed class indices
-    if constexpr (Targets::kDense && !Targets::kProbabilities) sum_targets(C, targets, &w_sum);
-
-    for_each_row(rows, [&](int64_t n) {
-      const T* x_n = x + n * C;
-      T* dx_n = dx ? dx + n * C : nullptr;
-      if (classes.ignored(n)) return std::fill(dx_n, dx_n + C, T(0));
-      const Acc g = dlosses[rows.per_row ? n : 0] / divisor;
-      const Acc z_slope = static_cast<Acc>(2 * rows.z_loss) * (m[n] + log_z[n]);  // of ζ·lse² by lse
-      const auto t = targets.row(n * C);
-      if constexpr (Targets::kProbabilities) {
-        if (dy) target_gradient<T>(x_n, C, cap, t, m[n], log_z[n], g, dy + n * C);
-        if (!dx) return;
-        Acc t_sum;
-        sum_targets(C, t, &t_sum);
-        row_gradient<T>(x_n, C, cap, t, m[n], log_z[n], g * (t_sum + z_slope), g, dx_n);
-      } else {
-        const Acc w_y = classes.weight(n), nll_t = static_cast<Acc>(1 - rows.label_smoothing) * w_y;
-        const Acc gA = g * (nll_t + share * w_sum + z_slope);
-        const int64_t y = classes.y[n];
-        const Acc s_y = cap(widen(x_n[y])), p_y = exp_of_softmax(s_y - m[n] - log_z[n]);  // read before dx is written
-        row_gradient<T>(x_n, C, cap, t, m[n], log_z[n], gA, g * share, dx_n);
-        dx_n[y] = narrow<T>((gA * p_y - g * (nll_t + share * w_y)) * cap.slope(s_y));
+  const Elements<T> all{rows.logits.const_data_ptr<T>(), probabilities_or_null<T>(rows), dx, dy};
+  dispatch_blocks<T>(rows, [&](const auto& loss) {
+    for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc* buffer) {
+      RowValues<Acc> row;
+      for (int64_t i = 0; i < block.rows; ++i) {
+        row.m[i] = m[r + i];
+        row.log_z[i] = log_z[r + i];
+        row.g[i] = dlosses[rows.per_row ? r + i : 0] / divisor;
       }
+      loss.backward(block, r, at, row, buffer);
     });
   });
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                                         int64_t ignore_index, std::string reduction,
-                                                         double label_smoothing, double z_loss,
-                                                         std::optional<double> softcap) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target,
+                                                                 std::optional<Tensor> weight, int64_t ignore_index,
+                                                                 std::string reduction, double label_smoothing,
+                                                                 double z_loss, std::optional<double> softcap,
+                                                                 bool needs_logits) {
   const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   check_targets(rows);
-  const int64_t N = rows.N, C = rows.C;
+  const int64_t R = rows.R;
   const auto acc_type = accumulate_type(logits.scalar_type());
-  Tensor stats = torch::stable::new_empty(logits, {2, N}, acc_type);
-  Tensor divisor = torch::stable::new_empty(logits, {}, acc_type);
-  Tensor loss =
-      rows.per_row ? torch::stable::new_empty(logits, {N}, acc_type) : torch::stable::new_empty(logits, {}, acc_type);
+  Tensor stats = empty_beside(logits, {2, R}, acc_type);
+  Tensor divisor = empty_beside(logits, {}, acc_type);
+  Tensor loss = rows.per_row ? empty_beside(logits, {R}, acc_type) : empty_beside(logits, {}, acc_type);
+  Tensor dlogits = on_huge_pages(gradient_or_nothing(rows, needs_logits));
 
   dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
-    const T* x = rows.logits.template const_data_ptr<T>();
     const Classes<Acc> classes(rows);
-    Acc *m = stats.mutable_data_ptr<Acc>(), *log_z = m + N;
-    const Acc share = static_cast<Acc>(label_smoothing / std::max<int64_t>(1, C));
-    std::vector<Acc> scratch(rows.per_row ? 0 : N);
+    Acc *m = stats.mutable_data_ptr<Acc>(), *log_z = m + R;
+    std::vector<Acc> scratch(rows.per_row ? 0 : R);
     Acc* losses = rows.per_row ? loss.mutable_data_ptr<Acc>() : scratch.data();
 
-    dispatch_forms<T>(rows, [&](auto cap, auto targets) {
-      using Targets = decltype(targets);
-      for_each_row(rows, [&](int64_t n) {
-        RowSums<Acc> row;
-        sum_row<T>(x + n * C, C, cap, targets.row(n * C), &row);
-        m[n] = row.m;
-        log_z[n] = std::log(row.z);
-        losses[n] = 0;
-        if (classes.ignored(n)) return;
-        const Acc dense = C ? row.t_sum * log_z[n] + row.distance : Acc(0);  // Σ t·(lse − s)
-        if constexpr (Targets::kProbabilities) {
-          losses[n] = dense;
-        } else {
-          losses[n] = classes.weight(n) * (log_z[n] - (cap(widen(x[n * C + classes.y[n]])) - row.m));
-          if constexpr (Targets::kDense) losses[n] = static_cast<Acc>(1 - label_smoothing) * losses[n] + share * dense;
-        }
-        const Acc lse = row.m + log_z[n];
-        if (z_loss != 0) losses[n] += static_cast<Acc>(z_loss) * lse * lse;
+    // In order and in double: the same sum whatever the number of threads.
+    double kept_weight = 0;
+    for (int64_t r = 0; r < R; ++r)
+      if (!classes.ignored(r)) kept_weight += classes.weight(r);
+    *divisor.mutable_data_ptr<Acc>() = static_cast<Acc>(kept_weight);
+    const Acc g = 1 / (rows.mean ? static_cast<Acc>(kept_weight) : Acc(1));
+
+    const Elements<T> all{rows.logits.template const_data_ptr<T>(), probabilities_or_null<T>(rows),
+                          data_or_null<T>(dlogits), nullptr};
+    dispatch_blocks<T>(rows, [&](const auto& loss) {
+      for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc* buffer) {
+        RowValues<Acc> row;
+        std::fill_n(row.g, block.rows, g);
+        loss.forward(block, r, at, row, buffer, losses + r);
+        std::copy_n(row.m, block.rows, m + r);
+        std::copy_n(row.log_z, block.rows, log_z + r);
       });
     });
 
-    // In order and in double: the same sum whatever the number of threads.
-    double loss_sum = 0, kept_weight = 0;
-    for (int64_t n = 0; n < N; ++n) {
-      loss_sum += losses[n];
-      if (!classes.ignored(n)) kept_weight += classes.weight(n);
-    }
-    *divisor.mutable_data_ptr<Acc>() = static_cast<Acc>(kept_weight);
+    double loss_sum = 0;
+    for (int64_t r = 0; r < R; ++r) loss_sum += losses[r];
     if (!rows.per_row) *loss.mutable_data_ptr<Acc>() = static_cast<Acc>(rows.mean ? loss_sum / kept_weight : loss_sum);
   });
-  return {loss, stats, divisor};
+  return {loss, stats, divisor, dlogits};
+}
+
+void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t ignore_index) {
+  STD_TORCH_CHECK(dlogits.is_contiguous() && dloss.numel() == 1, "dlogits should be contiguous, dloss one element");
+  const Rows rows(dlogits, target, std::nullopt, ignore_index, "mean", 0, 0, std::nullopt);
+  const Tensor factor = as_type(dloss, accumulate_type(dlogits.scalar_type()));
+  dispatch_floating(dlogits.scalar_type(), "cross_entropy", [&](auto scalar) {
+    using T = decltype(scalar);
+    using Acc = accumulate_t<T>;
+    const Acc g = *factor.const_data_ptr<Acc>();
+    if (g == 1) return;
+    T* dx = dlogits.mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, rows.R * rows.C, kElementsPerTask,
+                                [&](int64_t begin, int64_t end) { multiply(dx + begin, end - begin, g); });
+    if (std::isfinite(g)) return;
+    const Classes<Acc> classes(rows);
+    for (int64_t r = 0; r < rows.R; ++r)
+      for (int64_t c = 0; classes.ignored(r) && c < rows.C; ++c) dx[rows.start(r) + c * rows.D] = T(0);  // 0·inf is not
+  });
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target,
@@ -241,6 +354,7 @@ Tensor cross_entropy_backward_(Tensor dloss, Tensor logits, Tensor target, std::
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&fused_ops::cross_entropy_forward));
+  m.impl("cross_entropy_scale_", TORCH_BOX(&fused_ops::cross_entropy_scale_));
   m.impl("cross_entropy_backward", TORCH_BOX(&fused_ops::cross_entropy_backward));
   m.impl("cross_entropy_backward_", TORCH_BOX(&fused_ops::cross_entropy_backward_));
 }

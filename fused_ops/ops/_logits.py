@@ -1,5 +1,7 @@
 """Shapes and checks that the losses over rows of logits share. Names as in `fused_ops.ops.cross_entropy`."""
 
+import math
+
 import torch
 
 from fused_ops._op import accumulate_dtype, is_autocast_enabled
@@ -9,12 +11,58 @@ def as_rows(x):
     """(C,), (N, C) or (N, C, d1, d2, ...) as rows of classes, (rows, C)."""
     if x.dim() == 2:
         return x
-    return x[None] if x.dim() == 1 else x.movedim(1, -1).flatten(0, -2)
+    if x.dim() == 1:
+        return x[None]
+    N, C, *positions = x.shape
+    return x.movedim(1, -1).reshape(N * math.prod(positions), C)
+
+
+def as_batch(x):
+    """(C,), (N, C) or (N, C, d1, d2, ...) as the ops take it without a copy: (N, C, D), or rows, which is how C lies in
+    memory in channels_last."""
+    return as_rows(x) if x.dim() < 3 or x.movedim(1, -1).is_contiguous() else x.flatten(2)
+
+
+def like_logits(rows, logits):
+    """Rows of classes, (N·D, C), in the shape of the logits, (N, C, D); the rows of (N, C) stay."""
+    if logits.dim() == 2:
+        return rows
+    N, C, D = logits.shape
+    return rows.view(N, D, C).movedim(1, 2)  # (N, C, D)
+
+
+def target_rows(target):
+    """Class probabilities as the rows of the logits, (rows, C); class indices, (rows,), are it already."""
+    return as_rows(target) if target.is_floating_point() else target
+
+
+def in_forward_pass(reduction, dtype):
+    """Whether the gradients can be made in the forward pass: there will be one number to multiply them by, nothing that
+    would differentiate or batch the pass itself, and no dtype in which they might vanish before a loss scale comes."""
+    return (
+        reduction != "none"
+        and dtype != torch.float16
+        and torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def is_final_backward(dloss):
+    """Whether a backward pass with dloss may take, and write to, the gradients that the forward pass made: nothing
+    differentiates or batches it, nor does a compiler trace it, for any number of passes."""
+    return (
+        type(dloss) is torch.Tensor and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def without_classes(shape):
     """(C,), (N, C) or (N, C, d1, d2, ...) without its C."""
     return (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+
+
+def in_dtype(loss, dtype):
+    """The loss in this dtype, or, under autocast, in that in which it was computed."""
+    return loss if loss.dtype == dtype or is_autocast_enabled(loss.device) else loss.to(dtype)
 
 
 def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap):

@@ -21,15 +21,18 @@ All is written in PyTorch's differentiable ops, which gives the derivatives of h
 import torch
 
 from fused_ops._op import accumulate_dtype
+from fused_ops.ops._logits import as_rows, like_logits, target_rows
 
 
 class RowDerivatives:
     """The pieces of every derivative, for rows of logits: the symbols above, (N, C) or (N, 1)."""
 
     def __init__(self, logits, target, weight, ignore_index, label_smoothing, z_loss, softcap):
-        x = logits.to(accumulate_dtype(logits.dtype))  # (N, C)
-        self.dtype, self.z_loss, self.softcap = logits.dtype, z_loss, softcap
-        self.t, self.kept = dense_targets(target, weight, ignore_index, label_smoothing, x)  # (N, C), (N, 1)
+        x = as_rows(logits).to(accumulate_dtype(logits.dtype))  # (N, C)
+        self.logits, self.z_loss, self.softcap = logits, z_loss, softcap
+        self.t, self.kept = dense_targets(
+            target_rows(target), weight, ignore_index, label_smoothing, x
+        )  # (N, C), (N, 1)
         self.a = (1 - label_smoothing) * (x.new_ones(()) if weight is None else weight.to(x.dtype))  # (C) or ()
         self.s, self.k = softcapped(x, softcap)  # (N, C), (N, C) or 1
         self.neg_logp = -self.s.log_softmax(1)  # (N, C): lse − s
@@ -46,11 +49,11 @@ class RowDerivatives:
         return along if u is None else along + (self.a * self._like_x(u) * self.neg_logp).sum(1)
 
     def gradient(self, g):
-        """dx, (N, C), for the gradient g, (N, 1), of each row's loss."""
-        return (g * self.q * self.k).to(self.dtype)
+        """dx, like the logits, for the gradient g, (N, 1), of each row's loss."""
+        return self._like_logits(g * self.q * self.k)
 
     def gradients_along(self, v, u, g):
-        """How fast dx and dy change, (N, C) each; g, (N, 1), does not."""
+        """How fast dx and dy change, like the logits; g, (N, 1), does not."""
         v_s = torch.zeros_like(self.q) if v is None else self._of_s(v)  # (N, C)
         lse_t = (self.p * v_s).sum(1, keepdim=True)  # (N, 1): λ
         q_t = self.A * self.p * (v_s - lse_t)  # (N, C)
@@ -62,13 +65,16 @@ class RowDerivatives:
         dx_t = self.k * q_t  # (N, C)
         if self.softcap is not None:
             dx_t = dx_t - self.q * 2 * self.s * v_s / self.softcap**2  # (N, C)
-        return (g * dx_t).to(self.dtype), (g * self.a * (lse_t - v_s)).to(self.dtype)
+        return self._like_logits(g * dx_t), self._like_logits(g * self.a * (lse_t - v_s))
 
     def _of_s(self, v):
         return self.k * self._like_x(v)
 
     def _like_x(self, v):
-        return v.to(self.s.dtype)
+        return as_rows(v).to(self.s.dtype)
+
+    def _like_logits(self, rows):
+        return like_logits(rows, self.logits).to(self.logits.dtype)
 
 
 def softcapped(x, softcap):

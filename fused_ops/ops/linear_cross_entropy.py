@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, is_autocast_enabled, looped
 from fused_ops.ops import cross_entropy as ce
-from fused_ops.ops._logits import as_rows, check_loss, without_classes
+from fused_ops.ops._logits import as_rows, check_loss, in_dtype, in_forward_pass, is_final_backward, without_classes
 from fused_ops.ops.cross_entropy_derivatives import mean_weights, reduced, row_gradient
 from fused_ops.ops.linear_cross_entropy_derivatives import accumulated, gradients_along, linear_logits, loss_along
 
@@ -53,7 +53,7 @@ def linear_cross_entropy_forward(
     """
     options = ignore_index, reduction, label_smoothing, z_loss, softcap
     logits = linear_logits(*accumulated((input, linear_weight, linear_bias)), classes)  # (N·D, C)
-    loss, _, divisor = ce.cross_entropy_forward(logits, target, weight, *options)
+    loss, _, divisor, _ = ce.cross_entropy_forward(logits, target, weight, *options, False)
     saved = input, linear_weight, linear_bias, target, weight, divisor
     gradients = linear_cross_entropy_backward(torch.ones_like(loss), *saved, *options, classes, chunk_size, needs)
     return loss, divisor, *gradients
@@ -83,7 +83,7 @@ def linear_cross_entropy_backward(
     options = ignore_index, reduction, label_smoothing, z_loss, softcap
     x, W, b = accumulated((input, linear_weight, linear_bias))
     logits = linear_logits(x, W, b, classes)  # (N·D, C)
-    _, stats, _ = ce.cross_entropy_forward(logits, target, weight, *options)
+    _, stats, *_ = ce.cross_entropy_forward(logits, target, weight, *options, False)
     saved = logits, target, weight, stats, divisor
     dlogits, dtarget = ce.cross_entropy_backward(dloss, *saved, *options, True, needs[3])
     dz = dlogits.view(-1, W.shape[0])  # (N, D·C)
@@ -129,7 +129,7 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_inde
             z = room[: x.shape[0]]  # (n, D·C)
             torch.mm(x, W.t(), out=z) if b is None else torch.addmm(b, x, W.t(), out=z)
             logits = z.view(-1, classes)  # (n·D, C)
-            losses[rows], *saved = ce.forward_op(logits, y, weight, ignore_index, "none", *smooth)
+            losses[rows], *saved, _ = ce.forward_op(logits, y, weight, ignore_index, "none", *smooth, False)
             if not any(needs):
                 continue
             dy = ce.backward_op_(g[rows], logits, y, weight, *saved, ignore_index, "none", *smooth, needs[3])
@@ -173,10 +173,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         if dloss is None:
             return (None,) * 13
         made = ctx.gradients is not None and all(m or not n for m, n in zip(ctx.made, needs, strict=True))
-        if not made or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            gradients = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, list(needs))
-        elif type(dloss) is Tensor:  # the first backward pass takes what the forward pass made, and multiplies in place
+        if made and is_final_backward(dloss):  # takes what the forward pass made, and multiplies in place
             gradients, ctx.gradients = [g.mul_(dloss) for g in ctx.gradients], None
+        elif not made or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            gradients = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, list(needs))
         else:  # a compiler traces this, for any number of backward passes
             gradients = [g * dloss for g in ctx.gradients]
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 9
@@ -281,7 +281,7 @@ def linear_cross_entropy(
         chunk_size = options.batch_chunk_size
     shape = _check(input, linear_weight, target, linear_bias, ignore_index, chunk_size)
     ignore_index = -100 if ignore_index is None else ignore_index
-    if autocast := is_autocast_enabled(input.device):
+    if is_autocast_enabled(input.device):
         input, linear_weight, linear_bias = map(_autocast, (input, linear_weight, linear_bias))
     check_loss(shape, input.dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
@@ -290,24 +290,12 @@ def linear_cross_entropy(
     b = None if linear_bias is None else linear_bias.reshape(C, -1).t().reshape(-1)  # (D·C)
     y = as_rows(target) if target.is_floating_point() else target.reshape(-1).long()  # (N·D, C) or (N·D)
     x = input.reshape(-1, H)  # (N, H)
-    now = _in_forward_pass(reduction, x.dtype)
+    now = in_forward_pass(reduction, x.dtype)
     needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
     settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or max(128, H // 2)
     loss, *_ = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
-    if not autocast:
-        loss = loss.to(torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype)
+    loss = in_dtype(loss, torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype)
     return loss.reshape(without_classes(shape)) if reduction == "none" else loss
-
-
-def _in_forward_pass(reduction, dtype):
-    """Whether the gradients can be made in the forward pass: there will be one number to multiply them by, nothing that
-    would differentiate or batch the pass itself, and no dtype in which they might vanish before a loss scale comes."""
-    return (
-        reduction != "none"
-        and dtype != torch.float16
-        and torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _autocast(t):

@@ -101,6 +101,42 @@ def cross_entropy_cases():
     def _(make):
         return (make(4, 5, 3), make.indices(4, 3, classes=5)), {"z_loss": 0.1, "softcap": 2.0}
 
+    # so many positions that they are taken side by side, some more than a block of them; and so few that they are not
+    for size, kind in itertools.product(((9, 15), (130,), (7, 3)), ("indices", "probabilities")):
+
+        @case(f"{kind}-2x5x{'x'.join(map(str, size))}-everything", gradcheck=False)
+        def _(make, size=size, kind=kind):
+            target = make.indices(2, *size, classes=5) if kind == "indices" else make.probabilities(2, 5, *size)
+            kwargs = {
+                "label_smoothing": 0.2,
+                "z_loss": 0.05,
+                "softcap": 3.0,
+                "weight": make.weights(5, requires_grad=False),
+            }
+            kwargs["ignore_index"] = 2 if kind == "indices" else -100
+            return (make(2, 5, *size), target), kwargs
+
+    for reduction in ("mean", "none"):
+
+        @case(f"indices-3x200x66-{reduction}", gradcheck=False)
+        def _(make, reduction=reduction):
+            return (make(3, 200, 66), make.indices(3, 66, classes=200)), {"reduction": reduction, "ignore_index": 7}
+
+    @case("indices-300x21", gradcheck=False)  # several blocks of gathered rows
+    def _(make):
+        return (make(300, 21), make.indices(300, classes=21)), {"ignore_index": 3}
+
+    @case("probabilities-channels-last", gradcheck=False)
+    def _(make):
+        logits, target = (
+            t.to(memory_format=torch.channels_last) for t in (make(2, 5, 9, 8), make.probabilities(2, 5, 9, 8))
+        )
+        return (leaf(logits), leaf(target)), {"label_smoothing": 0.1}
+
+    @case("indices-strided-positions", gradcheck=False)
+    def _(make):
+        return (leaf(make(2, 5, 9, 16)[..., ::2]), make.indices(2, 9, 8, classes=5)), {}
+
     shapes = [
         (7,),
         (1, 1),
