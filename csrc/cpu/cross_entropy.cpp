@@ -149,9 +149,10 @@ struct BlockLoss {
     if constexpr (Targets::kDense) sum_distances(block, buffer, t, row.m, distance);
     if constexpr (Targets::kProbabilities) sum_targets(block, t, row.t_sum);
     exponentiate(at.x, block, row.m, buffer, z);
+    logarithms(block, z, row.log_z);
     for (int64_t i = 0; i < block.rows; ++i) {
-      Acc &m = row.m[i], &log_z = row.log_z[i], &loss = losses[i];
-      log_z = std::log(z[i]);
+      Acc &m = row.m[i], &loss = losses[i];
+      const Acc log_z = row.log_z[i];
       loss = 0;
       if constexpr (Targets::kProbabilities)
         loss = block.C ? row.t_sum[i] * log_z + distance[i] : Acc(0);
@@ -163,12 +164,12 @@ struct BlockLoss {
       if (std::isnan(z[i]) && std::isfinite(m)) m = z[i];  // a NaN among the logits
       if (z_loss != 0 && !classes.ignored(r + i)) loss += z_loss * (m + log_z) * (m + log_z);
     }
-    if (at.dx) logits_gradient(block, r, at, buffer, row);
+    if (at.dx) logits_gradient(block, r, at, Exponentials<Acc>{buffer}, row);
   }
 
   // The gradients of rows from r on, where not null, from what is in `row`.
   template <typename B>
-  void backward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row, Acc* buffer) const {
+  void backward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row) const {
     block.share(row.m);
     if constexpr (Targets::kProbabilities) {
       const auto t = targets_of(at);
@@ -177,18 +178,13 @@ struct BlockLoss {
       block.share(row.g);
       if (at.dy) target_gradient<T>(at.x, block, cap, t, row.m, row.log_z, row.g, at.dy);
     }
-    if (!at.dx) return;
-    Lanes<Acc> m, z;  // known already
-    widen_block<T>(at.x, block, cap, buffer, m);
-    exponentiate(at.x, block, row.m, buffer, z);
-    logits_gradient(block, r, at, buffer, row);
+    if (at.dx) logits_gradient(block, r, at, ExponentialsAgain<Acc>{row.m}, row);
   }
 
  private:
-  // dx of the rows from r on, from e = exp(s_c − m) in steps.
-  template <typename B>
-  void logits_gradient(const B& block, int64_t r, const Elements<T>& at, const Acc* e,
-                       const RowValues<Acc>& row) const {
+  // dx of the rows from r on, from e = exp(s_c − m).
+  template <typename B, typename E>
+  void logits_gradient(const B& block, int64_t r, const Elements<T>& at, E e, const RowValues<Acc>& row) const {
     Factors<Acc> factors;
     inverse_sums(block, row.log_z, factors.a);
     for (int64_t i = 0; i < block.rows; ++i) {
@@ -236,14 +232,14 @@ void row_gradients(const Rows& rows, const RowGradients& gradients, T* dx, T* dy
   const Acc divisor = rows.mean ? *gradients.divisor.const_data_ptr<Acc>() : Acc(1);
   const Elements<T> all{rows.logits.const_data_ptr<T>(), probabilities_or_null<T>(rows), dx, dy};
   dispatch_blocks<T>(rows, [&](const auto& loss) {
-    for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc* buffer) {
+    for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc*) {
       RowValues<Acc> row;
       for (int64_t i = 0; i < block.rows; ++i) {
         row.m[i] = m[r + i];
         row.log_z[i] = log_z[r + i];
         row.g[i] = dlosses[rows.per_row ? r + i : 0] / divisor;
       }
-      loss.backward(block, r, at, row, buffer);
+      loss.backward(block, r, at, row);
     });
   });
 }

@@ -97,15 +97,17 @@ template <typename T, typename B, typename Acc>
 FUSED_OPS_VECTORIZED void exponentiate(const T* x, B block, const Lanes<Acc>& m, Acc* s, Lanes<Acc>& z) {
   constexpr int64_t kCacheLine = 64 / sizeof(T);
   const T* next = x + (B::kSideBySide ? kLanes : block.C);
-  std::fill(z, z + kLanes, Acc(0));
+  const Acc m_0 = m[0];
+  Lanes<Acc> sums = {};  // not z itself: for all the compiler knows, it could lie where s does, and not in registers
   for (int64_t k = 0; k < block.steps(); ++k, s += kLanes, next += block.step()) {
     for (int64_t i = 0; i < kLanes; i += kCacheLine) __builtin_prefetch(next + i);
     for_lanes(kLanes, [&](int64_t p) {
-      s[p] = exp_of_softmax(s[p] - m[p]);
-      z[p] += s[p];
+      s[p] = exp_of_softmax(s[p] - (B::kSideBySide ? m[p] : m_0));
+      sums[p] += s[p];
     });
   }
-  block.merge(z);
+  block.merge(sums);
+  std::copy(sums, sums + kLanes, z);
 }
 
 // Σ t of every row.
@@ -137,16 +139,31 @@ struct Factors {
   Lanes<int32_t> y;
 };
 
-// dx of every row, from e = exp(s_c − m) in steps. It may lie where x does.
-template <typename T, typename B, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void block_gradient(const T* x, B block, Cap cap, const Acc* e, Targets t, const Factors<Acc>& f,
-                                         T* dx) {
+// exp(s_c − m) in steps, as the forward pass has them, and as they are found again; the same to the last bit.
+template <typename Acc>
+struct Exponentials {
+  const Acc* e;
+
+  Acc operator()(int64_t step, int64_t p, Acc) const { return e[step + p]; }
+};
+
+template <typename Acc>
+struct ExponentialsAgain {
+  const Acc* m;
+
+  Acc operator()(int64_t, int64_t p, Acc s) const { return exp_of_softmax(s - m[p]); }
+};
+
+// dx of every row. It may lie where x does.
+template <typename T, typename B, typename Cap, typename E, typename Targets, typename Acc = accumulate_t<T>>
+FUSED_OPS_VECTORIZED void block_gradient(const T* x, B block, Cap cap, E e, Targets t, const Factors<Acc>& f, T* dx) {
   const auto gradient = [&](int64_t k, int64_t p, bool is_class) {
     const int64_t place = k * block.step() + p;
-    Acc q = f.a[p] * e[k * kLanes + p];
+    const Acc s = cap(widen(x[place]));
+    Acc q = f.a[p] * e(k * kLanes, p, s);
     if constexpr (Targets::kDense) q -= f.g_t[p] * t(block.class_of(k, p), place);
     if constexpr (!Targets::kProbabilities) q -= is_class ? f.g_y[p] : 0;
-    return narrow<T>(q * cap.slope(cap(widen(x[place]))));
+    return narrow<T>(q * cap.slope(s));
   };
   constexpr bool kOneClass =
       !B::kSideBySide && !Targets::kProbabilities;  // quicker put right than asked for in each lane
@@ -158,7 +175,12 @@ FUSED_OPS_VECTORIZED void block_gradient(const T* x, B block, Cap cap, const Acc
   if constexpr (kOneClass) dx[f.y[0]] = dx_y;
 }
 
-// 1/z of every row, from log_z.
+// log z of every row, and 1/z from it.
+template <typename B, typename Acc>
+FUSED_OPS_VECTORIZED void logarithms(B block, const Lanes<Acc>& z, Lanes<Acc>& log_z) {
+  for_lanes(block.rows, [&](int64_t p) { log_z[p] = log(z[p]); });
+}
+
 template <typename B, typename Acc>
 FUSED_OPS_VECTORIZED void inverse_sums(B block, const Lanes<Acc>& log_z, Lanes<Acc>& inverse) {
   for_lanes(block.rows, [&](int64_t p) { inverse[p] = exp(-log_z[p]); });
