@@ -15,8 +15,8 @@ from benchmarks.cases import all_cases
 from benchmarks.measure import CaseRun
 from benchmarks.training import TrainingCase, TrainingRun
 
-SECONDS_A_CASE = 12  # after which a case gets no further block, but it always gets
-LEAST_BLOCKS = 2
+SECONDS_A_CASE = 20  # after which a case gets no further block, but it always gets
+LEAST_BLOCKS = 3
 
 
 def arguments():

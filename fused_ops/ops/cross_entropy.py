@@ -229,9 +229,7 @@ class CrossEntropy(torch.autograd.Function):
         B = info.batch_size
         logits, target = (batch_first(t, dim, B) for t, dim in zip((logits, target), in_dims, strict=False))
         rows = logits.flatten(0, 1), target.flatten(0, 1)
-        losses, stats, _, dlogits = _cross_entropy(
-            *rows, weight, ignore_index, "none", *smooth, False
-        )  # (B·N), (2, B·N)
+        losses, stats, _, dlogits = _cross_entropy(*rows, weight, ignore_index, "none", *smooth, False)
         losses = losses.view(B, -1)  # (B, N)
         N = losses.shape[1]
         divisors = mean_weights(rows[1], weight, ignore_index, losses.dtype).view(B, N).sum(1)  # (B)
