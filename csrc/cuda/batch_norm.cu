@@ -1,9 +1,9 @@
 // Batch normalisation. Derivation and names: fused_ops/ops/batch_norm.py.
 //
-// Each pass is one kernel if a block can take whole channels: it finds what they need, reading its part of the batch,
-// and reads that again, from cache. A channel that is too much for one block has several (channels.cuh); then one more
-// kernel comes first, in which each reports what it found of its own part. All is merged in a fixed order, so a result
-// is the same every time. Nothing is read back to the host.
+// Each pass is one kernel if a block can take whole channels: it reads its part of the batch for what their elements
+// have in common, and reads it again, from cache. A channel that is too much for one block has several (channels.cuh).
+// Then one kernel has them report on their own parts, one merges the reports, and one finishes the pass. All is merged
+// in a fixed order, so a result is the same every time. Nothing is read back to the host.
 #include <limits>
 
 #include "activations.cuh"
@@ -18,19 +18,43 @@ struct Terms {
   const T *x, *residual;  // residual or null
   ChannelVector<T> weight, bias;
   Activation activation;
+
+  Terms(const Batch& batch, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+        const std::optional<Tensor>& bias, const std::optional<std::string>& activation)
+      : x(batch.input.const_data_ptr<T>()),
+        residual(data_or_null<T>(residual)),
+        weight(weight, batch.input, "weight"),
+        bias(bias, batch.input, "bias"),
+        activation(activation_of(activation)) {}
 };
 
 // What the elements of a channel have in common.
 template <typename Acc>
-struct Channel {
-  Acc mean, rstd, weight, bias;
+struct Standard {
+  Acc mean, rstd;
 
   __device__ Acc x_hat(Acc x) const { return (x - mean) * rstd; }
 };
 
+template <typename Acc>
+struct Channel : Standard<Acc> {
+  Acc weight, bias;
+};
+
 template <typename T, typename Acc = accumulate_t<T>>
-__device__ Channel<Acc> channel_of(const Terms<T>& terms, int64_t c, Acc mean, Acc rstd) {
-  return {mean, rstd, terms.weight.get(c, 1), terms.bias.get(c)};
+__device__ Channel<Acc> channel_of(const Terms<T>& terms, int64_t c, const Standard<Acc>& standard) {
+  return {standard, terms.weight.get(c, 1), terms.bias.get(c)};
+}
+
+// With statistics that an earlier kernel has found.
+template <typename P, typename T, typename Acc = accumulate_t<T>>
+__device__ void load_channels(const Share<P>& share, const Terms<T>& terms, const Acc* mean, const Acc* rstd,
+                              Channel<Acc> (&channels)[P::kLanes]) {
+#pragma unroll
+  for (int l = 0; l < P::kLanes; ++l) {
+    const int64_t c = share.channel + l;
+    channels[l] = channel_of(terms, c, Standard<Acc>{mean[c], rstd[c]});
+  }
 }
 
 // The moments of a thread's share: of the packs at hand in two passes, which are then merged with those before.
@@ -74,7 +98,6 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T) report_moments(Split split, const T* x,
 template <typename T, typename Acc = accumulate_t<T>>
 struct Statistics {
   bool training;
-  const Moments<Acc>* partial;  // null: a block has all of its channels
   ChannelVector<T> running_mean, running_var;
   Acc keep, momentum, eps;  // keep = 1 − momentum
   Acc *mean, *rstd;
@@ -83,40 +106,53 @@ struct Statistics {
     if (running) running.set(c, keep * running.get(c) + momentum * batch);
   }
 
-  // The mean and rstd of channel c, which has these moments. One thread for each channel writes them down.
-  __device__ Channel<Acc> finish(const Moments<Acc>& moments, const Terms<T>& terms, int64_t c, bool writes) const {
-    const Acc N = moments.count, none = std::numeric_limits<Acc>::quiet_NaN();
-    const Acc mu = !training ? running_mean.get(c) : N > 0 ? moments.mean : none;
-    const Acc var = !training ? running_var.get(c) : moments.m2 / N;
-    const Channel<Acc> channel = channel_of(terms, c, mu, 1 / std::sqrt(var + eps));
+  // The mean and rstd of channel c, whose batch has these moments. One thread for each channel writes them down.
+  __device__ Standard<Acc> finish(int64_t c, const Moments<Acc>& batch, bool writes) const {
+    const Acc N = batch.count, none = std::numeric_limits<Acc>::quiet_NaN();
+    const Acc mu = !training ? running_mean.get(c) : N > 0 ? batch.mean : none;
+    const Acc var = !training ? running_var.get(c) : batch.m2 / N;
+    const Acc r = 1 / std::sqrt(var + eps);
     if (writes) {
       mean[c] = mu;
-      rstd[c] = channel.rstd;
+      rstd[c] = r;
       if (training && N > 0) {
         move(running_mean, c, mu);
         move(running_var, c, var * (N / (N - 1)));
       }
     }
-    return channel;
+    return {mu, r};
   }
 };
 
+template <typename T, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_SMALL_BLOCK(T)
+    merge_moments(Split split, const Moments<Acc>* partial, Statistics<T> statistics) {
+  merge_reports(split, partial, [&](int64_t c, const Moments<Acc>& batch) { statistics.finish(c, batch, true); });
+}
+
+// `merged`: the statistics are there already.
 template <typename P, typename T, typename Acc = accumulate_t<T>>
-__global__ void FUSED_OPS_SMALL_BLOCK(T) normalise(Split split, Terms<T> terms, Statistics<T> statistics, T* y) {
+__global__ void FUSED_OPS_SMALL_BLOCK(T)
+    normalise(Split split, Terms<T> terms, Statistics<T> statistics, bool merged, T* y) {
   constexpr int kAtOnce = P::kSize == 8 ? 2 : 4;
   for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
     const Share<P> share(split, block);
-    Moments<Acc> moments[P::kLanes];
-    if (statistics.training && statistics.partial) {
-      merge_blocks(split, share, statistics.partial, moments);
-    } else if (statistics.training) {
-      add_moments(share, terms.x, moments);
-      merge_threads(split.threads_apart, moments);
-    }
     Channel<Acc> channels[P::kLanes];
+    if (merged) {
+      load_channels(share, terms, statistics.mean, statistics.rstd, channels);
+    } else {
+      Moments<Acc> moments[P::kLanes];
+      if (statistics.training) {
+        add_moments(share, terms.x, moments);
+        merge_threads(split.threads_apart, moments);
+      }
+      const bool writes = share.reports && share.chunk == 0;
 #pragma unroll
-    for (int l = 0; l < P::kLanes; ++l)
-      channels[l] = statistics.finish(moments[l], terms, share.channel + l, share.reports && share.chunk == 0);
+      for (int l = 0; l < P::kLanes; ++l) {
+        const int64_t c = share.channel + l;
+        channels[l] = channel_of(terms, c, statistics.finish(c, moments[l], writes));
+      }
+    }
 
     share.template for_packs<kAtOnce>([&](const int64_t (&offsets)[kAtOnce], int n) {
       P x[kAtOnce], residual[kAtOnce];
@@ -198,17 +234,6 @@ __device__ void add_sums(const Share<P>& share, const Terms<T>& terms, const T* 
   });
 }
 
-// The statistics that the forward pass saved.
-template <typename P, typename T, typename Acc = accumulate_t<T>>
-__device__ void load_channels(const Share<P>& share, const Terms<T>& terms, const Acc* mean, const Acc* rstd,
-                              Channel<Acc> (&channels)[P::kLanes]) {
-#pragma unroll
-  for (int l = 0; l < P::kLanes; ++l) {
-    const int64_t c = share.channel + l;
-    channels[l] = channel_of(terms, c, mean[c], rstd[c]);
-  }
-}
-
 // The sums of each chunk's channels, for the next kernel.
 template <typename P, typename T, typename Acc = accumulate_t<T>>
 __global__ void FUSED_OPS_SMALL_BLOCK(T)
@@ -228,32 +253,41 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
 template <typename T, typename Acc = accumulate_t<T>>
 struct Gradients {
   T *dx, *dresidual;
-  Acc *dweight, *dbias;
+  Acc *dweight, *dbias;  // Σ dz·x̂ and Σ dz; needed for dx, too
+
+  __device__ void finish(int64_t c, const Sums<Acc>& sums) const {
+    dweight[c] = sums.dz_x_hat;
+    dbias[c] = sums.dz;
+  }
 };
 
-// dx = γ·r·(dz − mean(dz) − x̂·mean(dz·x̂)), in evaluation dx = γ·r·dz; dresidual = dz; dγ = Σ dz·x̂ and dβ = Σ dz.
+template <typename T, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_SMALL_BLOCK(T) merge_sums(Split split, const Sums<Acc>* partial, Gradients<T> gradients) {
+  merge_reports(split, partial, [&](int64_t c, const Sums<Acc>& sums) { gradients.finish(c, sums); });
+}
+
+// dx = γ·r·(dz − mean(dz) − x̂·mean(dz·x̂)), in evaluation dx = γ·r·dz; dresidual = dz. `merged`: the sums are there
+// already.
 template <typename P, typename T, typename Acc = accumulate_t<T>>
 __global__ void FUSED_OPS_SMALL_BLOCK(T)
     differentiate(Split split, Terms<T> terms, const T* dy, const Acc* mean, const Acc* rstd, bool training,
-                  bool needs_sums, const Sums<Acc>* partial, Gradients<T> gradients) {
+                  Gradients<T> gradients, bool merged) {
   const Acc N = static_cast<Acc>(split.rows) * static_cast<Acc>(split.positions);
   for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
     const Share<P> share(split, block);
     Channel<Acc> channels[P::kLanes];
     load_channels(share, terms, mean, rstd, channels);
     Sums<Acc> sums[P::kLanes];
-    if (needs_sums && partial) {
-      merge_blocks(split, share, partial, sums);
-    } else if (needs_sums) {
+    if (merged) {
+#pragma unroll
+      for (int l = 0; l < P::kLanes; ++l)
+        sums[l] = {gradients.dbias[share.channel + l], gradients.dweight[share.channel + l]};
+    } else if (gradients.dweight) {
       add_sums(share, terms, dy, channels, sums);
       merge_threads(split.threads_apart, sums);
-    }
-    if (gradients.dweight && share.reports && share.chunk == 0) {
 #pragma unroll
-      for (int l = 0; l < P::kLanes; ++l) {
-        gradients.dweight[share.channel + l] = sums[l].dz_x_hat;
-        gradients.dbias[share.channel + l] = sums[l].dz;
-      }
+      for (int l = 0; l < P::kLanes; ++l)
+        if (share.reports) gradients.finish(share.channel + l, sums[l]);
     }
     if (!gradients.dx && !gradients.dresidual) continue;
 
@@ -279,12 +313,11 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
 // moves nothing, and autograd counts it.
 void tell_autograd(Tensor written) { torch::stable::copy_(written, written); }
 
-// Room for what each chunk reports of its channels, a V each; nothing where a block has whole channels.
+// Room for what each chunk reports of its channels, a V each.
 template <typename V, typename Acc>
-Tensor empty_reports(const Batch& batch, const Split& split) {
-  constexpr int64_t kValues = sizeof(V) / sizeof(Acc);
-  const int64_t reports = split.chunks() > 1 ? split.chunks() * split.channels : 0;
-  return torch::stable::new_empty(batch.input, {reports * kValues}, accumulate_type(batch.input.scalar_type()));
+Tensor empty_reports(const Batch& batch, const Split& split, bool needed) {
+  const int64_t size = needed ? split.chunks() * split.channels * int64_t{sizeof(V) / sizeof(Acc)} : 0;
+  return torch::stable::new_empty(batch.input, {size}, accumulate_type(batch.input.scalar_type()));
 }
 
 }  // namespace
@@ -303,29 +336,27 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
-    const Terms<T> terms{batch.input.template const_data_ptr<T>(), data_or_null<T>(residual),
-                         ChannelVector<T>(weight, batch.input, "weight"), ChannelVector<T>(bias, batch.input, "bias"),
-                         activation_of(activation)};
-    Statistics<T> statistics{training,
-                             nullptr,
-                             ChannelVector<T>(running_mean, batch.input, "running_mean", training),
-                             ChannelVector<T>(running_var, batch.input, "running_var", training),
-                             static_cast<Acc>(1 - momentum),
-                             static_cast<Acc>(momentum),
-                             static_cast<Acc>(eps),
-                             mean.mutable_data_ptr<Acc>(),
-                             rstd.mutable_data_ptr<Acc>()};
+    const Terms<T> terms(batch, residual, weight, bias, activation);
+    const Statistics<T> statistics{training,
+                                   ChannelVector<T>(running_mean, batch.input, "running_mean", training),
+                                   ChannelVector<T>(running_var, batch.input, "running_var", training),
+                                   static_cast<Acc>(1 - momentum),
+                                   static_cast<Acc>(momentum),
+                                   static_cast<Acc>(eps),
+                                   mean.mutable_data_ptr<Acc>(),
+                                   rstd.mutable_data_ptr<Acc>()};
     T* out = y.mutable_data_ptr<T>();
     dispatch_pack<T>(batch.layout, {terms.x, terms.residual, out}, [&](auto pack) {
       using P = decltype(pack);
       const Split split(batch.layout, P::kSize);
-      Tensor reports = empty_reports<Moments<Acc>, Acc>(batch, split);
-      if (training && split.chunks() > 1) {
+      const bool in_parts = training && split.chunks() > 1;
+      Tensor reports = empty_reports<Moments<Acc>, Acc>(batch, split, in_parts);
+      if (in_parts) {
         auto* partial = reinterpret_cast<Moments<Acc>*>(reports.template mutable_data_ptr<Acc>());
         launch(batch.input, split.blocks(), split.threads(), report_moments<P, T>, split, terms.x, partial);
-        statistics.partial = partial;
+        launch(batch.input, blocks_to_merge(split), kThreads, merge_moments<T>, split, partial, statistics);
       }
-      launch(batch.input, split.blocks(), split.threads(), normalise<P, T>, split, terms, statistics, out);
+      launch(batch.input, split.blocks(), split.threads(), normalise<P, T>, split, terms, statistics, in_parts, out);
     });
   });
   if (training && input.numel() > 0)
@@ -353,36 +384,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
 
   needs_residual = needs_residual && activation;  // without an activation it is dy
   Tensor dx = batch.empty(needs_input), dresidual = batch.empty(needs_residual);
-  Tensor dweight = batch.empty_vector(needs_parameters), dbias = batch.empty_vector(needs_parameters);
   const bool needs_sums = needs_parameters || (needs_input && training);
+  Tensor dweight = batch.empty_vector(needs_sums), dbias = batch.empty_vector(needs_sums);
   if (batch.layout.channels == 0 || !(needs_sums || needs_input || needs_residual))
     return {dx, dweight, dbias, dresidual};
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
-    const Terms<T> terms{batch.input.template const_data_ptr<T>(), data_or_null<T>(residual),
-                         ChannelVector<T>(weight, batch.input, "weight"), ChannelVector<T>(bias, batch.input, "bias"),
-                         activation_of(activation)};
+    const Terms<T> terms(batch, residual, weight, bias, activation);
     const T* g = dy.const_data_ptr<T>();
     const Acc *mu = mean.const_data_ptr<Acc>(), *r = rstd.const_data_ptr<Acc>();
-    const Gradients<T> gradients{needs_input ? dx.mutable_data_ptr<T>() : nullptr,
-                                 needs_residual ? dresidual.mutable_data_ptr<T>() : nullptr,
-                                 needs_parameters ? dweight.mutable_data_ptr<Acc>() : nullptr,
-                                 needs_parameters ? dbias.mutable_data_ptr<Acc>() : nullptr};
+    const Gradients<T> gradients{
+        needs_input ? dx.mutable_data_ptr<T>() : nullptr, needs_residual ? dresidual.mutable_data_ptr<T>() : nullptr,
+        needs_sums ? dweight.mutable_data_ptr<Acc>() : nullptr, needs_sums ? dbias.mutable_data_ptr<Acc>() : nullptr};
     dispatch_pack<T>(batch.layout, {terms.x, terms.residual, g, gradients.dx, gradients.dresidual}, [&](auto pack) {
       using P = decltype(pack);
       const Split split(batch.layout, P::kSize);
-      Tensor reports = empty_reports<Sums<Acc>, Acc>(batch, split);
-      Sums<Acc>* partial = nullptr;
-      if (needs_sums && split.chunks() > 1) {
-        partial = reinterpret_cast<Sums<Acc>*>(reports.template mutable_data_ptr<Acc>());
+      const bool in_parts = needs_sums && split.chunks() > 1;
+      Tensor reports = empty_reports<Sums<Acc>, Acc>(batch, split, in_parts);
+      if (in_parts) {
+        auto* partial = reinterpret_cast<Sums<Acc>*>(reports.template mutable_data_ptr<Acc>());
         launch(batch.input, split.blocks(), split.threads(), report_sums<P, T>, split, terms, g, mu, r, partial);
+        launch(batch.input, blocks_to_merge(split), kThreads, merge_sums<T>, split, partial, gradients);
       }
-      launch(batch.input, split.blocks(), split.threads(), differentiate<P, T>, split, terms, g, mu, r, training,
-             needs_sums, static_cast<const Sums<Acc>*>(partial), gradients);
+      if (!in_parts || needs_input || needs_residual)
+        launch(batch.input, split.blocks(), split.threads(), differentiate<P, T>, split, terms, g, mu, r, training,
+               gradients, in_parts);
     });
   });
+  if (!needs_parameters) {
+    dweight = batch.empty_vector(false);
+    dbias = batch.empty_vector(false);
+  }
   return {dx, dweight, dbias, dresidual};
 }
 

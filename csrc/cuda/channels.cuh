@@ -104,8 +104,7 @@ struct Split {
   FUSED_OPS_HOST_DEVICE int64_t blocks() const { return strips * chunks(); }
 };
 
-// What a thread reads and writes at once: neighbours, the k-th of them being of channel k % kLanes of the thread's
-// kLanes.
+// What a thread reads and writes at once: neighbours in memory, of kLanes channels. The k-th is of the (k % kLanes)-th.
 template <typename T, int kSize_, int kLanes_>
 struct alignas(sizeof(T) * kSize_) Pack {
   static constexpr int kSize = kSize_, kLanes = kLanes_;
@@ -145,7 +144,8 @@ struct Share {
     column = chunk_column + threadIdx.x % split.threads_across * P::kSize;
     column_step = int64_t{split.threads_across} * P::kSize;
     column_end = min(chunk_column + split.across.size, strip_end);
-    channel = min(column, columns - P::kSize) / split.positions;  // beyond the last column any does
+    const int64_t lane_column = strip_begin + threadIdx.x % split.threads_apart * P::kSize;
+    channel = min(lane_column, columns - P::kSize) / split.positions;  // beyond the last column any does
     reports = threadIdx.x < split.threads_apart && column < column_end;
   }
 
@@ -211,22 +211,32 @@ __device__ void merge_threads(int threads_apart, V (&lanes)[kLanes]) {
   __syncthreads();  // all have read: the next merge may write
 }
 
-// Merges what the blocks have reported of the thread's channels, partial[chunk][channel]: then all threads have it.
-template <typename P, typename V>
-__device__ void merge_blocks(const Split& split, const Share<P>& share, const V* partial, V (&lanes)[P::kLanes]) {
-  for (int64_t chunk = threadIdx.x / split.threads_apart; chunk < split.chunks();
-       chunk += blockDim.x / split.threads_apart) {
-#pragma unroll
-    for (int l = 0; l < P::kLanes; ++l) lanes[l].merge(partial[chunk * split.channels + share.channel + l]);
-  }
-  merge_threads(split.threads_apart, lanes);
-}
-
+// What a block found out about the channels of its chunk, in partial[chunk][channel].
 template <typename P, typename V>
 __device__ void report(const Split& split, const Share<P>& share, const V (&lanes)[P::kLanes], V* partial) {
   if (!share.reports) return;
 #pragma unroll
   for (int l = 0; l < P::kLanes; ++l) partial[share.chunk * split.channels + share.channel + l] = lanes[l];
+}
+
+// Calls finish(c, v) with the merged reports v on each channel c, in a kernel of kThreads and so many blocks.
+constexpr int kMergedChannels = 8;  // side by side in a block
+
+inline int64_t blocks_to_merge(const Split& split) { return ceil_div(split.channels, kMergedChannels); }
+
+template <typename V, typename Finish>
+__device__ void merge_reports(const Split& split, const V* partial, const Finish& finish) {
+  for (int64_t first = blockIdx.x; first * kMergedChannels < split.channels; first += gridDim.x) {
+    const int64_t c = first * kMergedChannels + threadIdx.x % kMergedChannels;
+    V merged[1];
+    if (c < split.channels) {
+#pragma unroll 4
+      for (int64_t chunk = threadIdx.x / kMergedChannels; chunk < split.chunks(); chunk += kThreads / kMergedChannels)
+        merged[0].merge(partial[chunk * split.channels + c]);
+    }
+    merge_threads(kMergedChannels, merged);
+    if (threadIdx.x < kMergedChannels && c < split.channels) finish(c, merged[0]);
+  }
 }
 
 // A (C,) tensor on the device, in T or in its accumulate type; or none.
