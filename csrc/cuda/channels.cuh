@@ -144,8 +144,7 @@ struct Share {
     column = chunk_column + threadIdx.x % split.threads_across * P::kSize;
     column_step = int64_t{split.threads_across} * P::kSize;
     column_end = min(chunk_column + split.across.size, strip_end);
-    const int64_t lane_column = strip_begin + threadIdx.x % split.threads_apart * P::kSize;
-    channel = min(lane_column, columns - P::kSize) / split.positions;  // beyond the last column any does
+    channel = min(column, columns - P::kSize) / split.positions;  // any that exists, where the thread has no elements
     reports = threadIdx.x < split.threads_apart && column < column_end;
   }
 
@@ -208,7 +207,7 @@ __device__ void merge_threads(int threads_apart, V (&lanes)[kLanes]) {
   __syncthreads();
 #pragma unroll
   for (int l = 0; l < kLanes; ++l) lanes[l] = shared[l][thread % threads_apart];
-  __syncthreads();  // all have read: the next merge may write
+  __syncthreads();  // all have read: a next merge may write anywhere
 }
 
 // What a block found out about the channels of its chunk, in partial[chunk][channel].
