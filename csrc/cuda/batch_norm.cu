@@ -134,7 +134,7 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
 template <typename P, typename T, typename Acc = accumulate_t<T>>
 __global__ void FUSED_OPS_SMALL_BLOCK(T)
     normalise(Split split, Terms<T> terms, Statistics<T> statistics, bool merged, T* y) {
-  constexpr int kAtOnce = P::kSize == 8 ? 2 : 4;
+  constexpr int kAtOnce = P::kLanes == 8 ? 2 : 4;  // 8 channels take registers, too
   for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
     const Share<P> share(split, block);
     Channel<Acc> channels[P::kLanes];
@@ -196,7 +196,7 @@ struct Sums {
 template <typename P, typename T, typename Use, typename Acc = accumulate_t<T>>
 __device__ void with_dz(const Share<P>& share, const Terms<T>& terms, const T* dy,
                         const Channel<Acc> (&channels)[P::kLanes], const Use& use) {
-  constexpr int kAtOnce = P::kSize == 8 ? 1 : 2;
+  constexpr int kAtOnce = P::kLanes == 8 ? 1 : 2;  // 8 channels take registers, too
   share.template for_packs<kAtOnce>([&](const int64_t (&offsets)[kAtOnce], int n) {
     P x[kAtOnce], g[kAtOnce], residual[kAtOnce];
     load(terms.x, offsets, n, x);
@@ -309,17 +309,6 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
   }
 }
 
-// The running statistics were written to by a kernel, of which autograd does not know. A copy of a tensor onto itself
-// moves nothing, and autograd counts it.
-void tell_autograd(Tensor written) { torch::stable::copy_(written, written); }
-
-// Room for what each chunk reports of its channels, a V each.
-template <typename V, typename Acc>
-Tensor empty_reports(const Batch& batch, const Split& split, bool needed) {
-  const int64_t size = needed ? split.chunks() * split.channels * int64_t{sizeof(V) / sizeof(Acc)} : 0;
-  return torch::stable::new_empty(batch.input, {size}, accumulate_type(batch.input.scalar_type()));
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor> running_mean,
@@ -359,9 +348,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
       launch(batch.input, split.blocks(), split.threads(), normalise<P, T>, split, terms, statistics, in_parts, out);
     });
   });
-  if (training && input.numel() > 0)
-    for (auto& running : {running_mean, running_var})
-      if (running) tell_autograd(*running);
+  // A copy of a tensor onto itself moves nothing, but tells autograd that it was written to.
+  for (auto running : {running_mean, running_var})
+    if (running && training && input.numel() > 0) torch::stable::copy_(*running, *running);
   return {y, mean, rstd};
 }
 

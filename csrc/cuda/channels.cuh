@@ -104,6 +104,13 @@ struct Split {
   FUSED_OPS_HOST_DEVICE int64_t blocks() const { return strips * chunks(); }
 };
 
+// Room for what each chunk reports of its channels, a V each.
+template <typename V, typename Acc>
+Tensor empty_reports(const Batch& batch, const Split& split, bool needed) {
+  const int64_t size = needed ? split.chunks() * split.channels * int64_t{sizeof(V) / sizeof(Acc)} : 0;
+  return torch::stable::new_empty(batch.input, {size}, accumulate_type(batch.input.scalar_type()));
+}
+
 // What a thread reads and writes at once: neighbours in memory, of kLanes channels. The k-th is of the (k % kLanes)-th.
 template <typename T, int kSize_, int kLanes_>
 struct alignas(sizeof(T) * kSize_) Pack {
