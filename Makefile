@@ -1,5 +1,7 @@
 # make train        set everything up and train on the shipped names     make train ARGS="--steps 2000 --backward steps"
 # make test         set everything up and run the tests                  make test ARGS="-k cross_entropy"
+# make test-cuda    run the tests of CUDA, on a card                     make clean test-cuda TORCH=torch
+# make sanitize     run some of them under compute-sanitizer             make sanitize
 # make memory       measure the peak memory of linear cross-entropy     make memory ARGS="--rows 512 --dtype bfloat16"
 # make bench        measure speed and memory beside PyTorch's           make bench ARGS="--only batch_norm --quick"
 # make lint         check the code's style
@@ -19,7 +21,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed-$(if $(filter 0,$(FUSED_OPS_BUILD)),references,kernels)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: train test memory bench lint docs clean
+.PHONY: train test test-cuda sanitize card memory bench lint docs clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -27,6 +29,19 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n auto $(ARGS)
+
+test-cuda: card
+	$(VENV)/bin/python -m pytest -n auto -k cuda $(ARGS)
+
+# Without PyTorch's cache of memory, so that what lies beside a tensor belongs to none.
+sanitize: card
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(VENV)/bin/python -m pytest \
+	    tests/test_ops.py -k "cuda and undecorated and float32 and not linear" $(ARGS) || exit 1; \
+	done
+
+card: $(INSTALLED)
+	@$(VENV)/bin/python -c 'import torch; torch.cuda.is_available() or exit(f"torch {torch.__version__} finds no CUDA card")'
 
 memory: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/memory.py $(ARGS)

@@ -2,34 +2,11 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <initializer_list>
 
 #include "checks.h"
+#include "empty.h"
 
 namespace fused_ops {
-
-// torch::stable's functions look their op up by its name at every call, which takes longer than a small batch: these
-// call it only where there is something to do.
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-inline Tensor as_type(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
-
-// Contiguous, on the device of another tensor.
-inline Tensor empty_beside(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType type) {
-  std::array<int64_t, 3> strides{};
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[i])) strides.at(i) = stride;
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device_type));
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, t.get_device_index(), &made));
-  return Tensor(made);
-}
 
 // The inputs of a kernel, checked and contiguous; the class weights in the accumulate type. The logits are (N, C), or
 // (N, C, D) with D positions an example: R = N·D rows of classes, whose elements are D apart.

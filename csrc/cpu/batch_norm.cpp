@@ -11,6 +11,8 @@
 
 #include "../activations.h"
 #include "../checks.h"
+#include "../empty.h"
+#include "huge_pages.h"
 #include "tiles.h"
 
 namespace fused_ops {
@@ -200,8 +202,7 @@ FUSED_OPS_VECTORIZED void merge_sums(const Tiling& tiling, int64_t c_begin, int6
 
 // A (C,) tensor in the accumulate type, without gaps: v itself where it is so.
 Tensor channel_vector(const Tensor& v, int64_t C, ScalarType type, const char* name) {
-  const bool ready = v.scalar_type() == type && v.is_contiguous();
-  const Tensor vector = ready ? v : torch::stable::contiguous(torch::stable::to(v, type));
+  const Tensor vector = as_contiguous(as_type(v, type));
   check_vector(vector, C, type, name);
   return vector;
 }
@@ -236,7 +237,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
   const auto bias_c = channel_vector(bias, C, acc_type, "bias");
   const auto running_mean_c = channel_vector(running_mean, C, acc_type, "running_mean");
   const auto running_var_c = channel_vector(running_var, C, acc_type, "running_var");
-  Tensor y = empty_like_dense(input), mean_out = empty_vector(C, acc_type), rstd_out = empty_vector(C, acc_type);
+  Tensor y = on_huge_pages(empty_like_dense(input));
+  Tensor mean_out = empty_beside(input, {C}, acc_type), rstd_out = empty_beside(input, {C}, acc_type);
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
@@ -313,9 +315,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
 
   // what is not needed comes back empty
   needs_residual = needs_residual && activation;  // without an activation it is dy
-  Tensor dx_out = empty_like_dense(input, needs_input), dresidual_out = empty_like_dense(input, needs_residual);
-  Tensor dweight_out = empty_vector(needs_parameters ? C : 0, acc_type);
-  Tensor dbias_out = empty_vector(needs_parameters ? C : 0, acc_type);
+  Tensor dx_out = on_huge_pages(empty_like_dense(input, needs_input));
+  Tensor dresidual_out = on_huge_pages(empty_like_dense(input, needs_residual));
+  Tensor dweight_out = empty_beside(input, {needs_parameters ? C : 0}, acc_type);
+  Tensor dbias_out = empty_beside(input, {needs_parameters ? C : 0}, acc_type);
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);

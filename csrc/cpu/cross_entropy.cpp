@@ -169,7 +169,7 @@ struct BlockLoss {
 
   // The gradients of rows from r on, where not null, from what is in `row`.
   template <typename B>
-  void backward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row) const {
+  void backward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row, Acc* buffer) const {
     block.share(row.m);
     if constexpr (Targets::kProbabilities) {
       const auto t = targets_of(at);
@@ -178,7 +178,15 @@ struct BlockLoss {
       block.share(row.g);
       if (at.dy) target_gradient<T>(at.x, block, cap, t, row.m, row.log_z, row.g, at.dy);
     }
-    if (at.dx) logits_gradient(block, r, at, ExponentialsAgain<Acc>{row.m}, row);
+    if (!at.dx) return;
+    if constexpr (Targets::kDense) {  // as forward did: compilers round a·e − g_t·t in either product's favour
+      Lanes<Acc> m, z;                // known already
+      widen_block<T>(at.x, block, cap, buffer, m);
+      exponentiate(at.x, block, row.m, buffer, z);
+      logits_gradient(block, r, at, Exponentials<Acc>{buffer}, row);
+    } else {
+      logits_gradient(block, r, at, ExponentialsAgain<Acc>{row.m}, row);
+    }
   }
 
  private:
@@ -232,14 +240,14 @@ void row_gradients(const Rows& rows, const RowGradients& gradients, T* dx, T* dy
   const Acc divisor = rows.mean ? *gradients.divisor.const_data_ptr<Acc>() : Acc(1);
   const Elements<T> all{rows.logits.const_data_ptr<T>(), probabilities_or_null<T>(rows), dx, dy};
   dispatch_blocks<T>(rows, [&](const auto& loss) {
-    for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc*) {
+    for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc* buffer) {
       RowValues<Acc> row;
       for (int64_t i = 0; i < block.rows; ++i) {
         row.m[i] = m[r + i];
         row.log_z[i] = log_z[r + i];
         row.g[i] = dlosses[rows.per_row ? r + i : 0] / divisor;
       }
-      loss.backward(block, r, at, row);
+      loss.backward(block, r, at, row, buffer);
     });
   });
 }

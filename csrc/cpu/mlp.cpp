@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../empty.h"
 #include "network.h"
 
 namespace fused_ops {
@@ -47,7 +48,7 @@ void write_matrix(const Place<Acc>& place, T* to) {
 template <typename Acc>
 void read(const Tensor& t, const Place<Acc>& place, const char* name) {
   STD_TORCH_CHECK(t.numel() == place.rows * place.columns, "mlp: ", name, " has the wrong number of elements");
-  const Tensor dense = torch::stable::contiguous(t);
+  const Tensor dense = as_contiguous(t);
   dispatch_floating(t.scalar_type(), "mlp", [&](auto scalar) {
     using T = decltype(scalar);
     if constexpr (std::is_same_v<accumulate_t<T>, Acc>)
@@ -127,15 +128,15 @@ std::tuple<Tensor, Tensor> mlp_loss_and_gradients(Tensor X, Tensor Y, Tensor C, 
                                                   Tensor bnbias, Tensor W2, Tensor b2,
                                                   std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
                                                   bool training, double momentum, double eps, bool needs_gradients) {
-  const Inputs inputs{torch::stable::contiguous(X), torch::stable::contiguous(Y), {C, W1, b1, bngain, bnbias, W2, b2}};
+  const Inputs inputs{as_contiguous(X), as_contiguous(Y), {C, W1, b1, bngain, bnbias, W2, b2}};
   const Sizes s = inputs.sizes(X.size(0));
   const Examples examples(inputs);
   for (int64_t n = 0; n < s.N; ++n) examples.check(n, s.V);
   const auto type = accumulate_type(C.scalar_type());
   int64_t count = 0;
   for (const Tensor& p : inputs.parameters) count += p.numel();
-  Tensor loss = torch::stable::new_empty(C, {}, type);
-  Tensor gradients = torch::stable::new_empty(C, {needs_gradients ? count : 0}, type);
+  Tensor loss = empty_beside(C, {}, type);
+  Tensor gradients = empty_beside(C, {needs_gradients ? count : 0}, type);
   dispatch_accumulate(type, [&](auto scalar) {
     using Acc = decltype(scalar);
     Network<Acc> net(s, training, momentum, eps);
@@ -162,10 +163,10 @@ std::tuple<Tensor, Tensor> mlp_loss_and_gradients(Tensor X, Tensor Y, Tensor C, 
 Tensor mlp_sgd_steps_(Tensor X, Tensor Y, Tensor ix, Tensor C, Tensor W1, Tensor b1, Tensor bngain, Tensor bnbias,
                       Tensor W2, Tensor b2, Tensor running_mean, Tensor running_var, double lr, double momentum,
                       double eps) {
-  const Inputs inputs{torch::stable::contiguous(X), torch::stable::contiguous(Y), {C, W1, b1, bngain, bnbias, W2, b2}};
+  const Inputs inputs{as_contiguous(X), as_contiguous(Y), {C, W1, b1, bngain, bnbias, W2, b2}};
   STD_TORCH_CHECK(ix.dim() == 2 && ix.scalar_type() == ScalarType::Long, "mlp: ix should be (K, N), int64");
   const Sizes s = inputs.sizes(ix.size(1));
-  const Tensor rows = torch::stable::contiguous(ix);
+  const Tensor rows = as_contiguous(ix);
   const int64_t* row = rows.const_data_ptr<int64_t>();
   const int64_t K = ix.size(0), M = X.size(0);
   const Examples examples(inputs);
@@ -174,7 +175,7 @@ Tensor mlp_sgd_steps_(Tensor X, Tensor Y, Tensor ix, Tensor C, Tensor W1, Tensor
     examples.check(row[i], s.V);
   }
   const auto type = accumulate_type(C.scalar_type());
-  Tensor losses = torch::stable::new_empty(C, {K}, type);
+  Tensor losses = empty_beside(C, {K}, type);
   dispatch_accumulate(type, [&](auto scalar) {
     using Acc = decltype(scalar);
     Network<Acc> net(s, true, momentum, eps);

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "layout.h"
+#include "../layout.h"
 #include "vectorize.h"
 
 namespace fused_ops {

@@ -1,12 +1,9 @@
 // How a batch (N, C, ...) lies in memory, and tensors that lie alike.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <algorithm>
 
-#include "../checks.h"
-#include "huge_pages.h"
+#include "checks.h"
 
 namespace fused_ops {
 
@@ -52,8 +49,8 @@ inline bool is_like_channels_last(const Tensor& x) {
 
 // x itself where it is dense, else a dense copy.
 inline Tensor dense(const Tensor& x, bool channels_last) {
-  if (channels_last ? is_channels_last(x) : x.is_contiguous()) return x;
-  if (!channels_last) return torch::stable::contiguous(x);
+  if (!channels_last) return as_contiguous(x);
+  if (is_channels_last(x)) return x;
   Tensor copied = torch::stable::empty_like(x);  // which keeps the order of the strides
   return torch::stable::copy_(copied, x);
 }
@@ -67,25 +64,6 @@ inline Tensor in_layout_of(const Tensor& input, bool channels_last, const Tensor
   if (channels_last ? is_channels_last(t) : t.is_contiguous()) return t;
   Tensor like_input = torch::stable::empty_like(input);
   return torch::stable::copy_(like_input, t);
-}
-
-// An uninitialised tensor. By way of PyTorch's dispatcher (torch::stable::empty) it would take longer than a small op.
-inline Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType type) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type),
-                                                         aoti_torch_device_type_cpu(), /*device_index=*/0, &handle));
-  return Tensor(handle);
-}
-
-inline Tensor empty_vector(int64_t size, ScalarType type) {
-  const int64_t stride = 1;
-  return empty_strided(1, &size, &stride, type);
-}
-
-// Like a dense tensor, or (0,) where it is not needed.
-inline Tensor empty_like_dense(const Tensor& x, bool needed = true) {
-  if (!needed) return empty_vector(0, x.scalar_type());
-  return on_huge_pages(empty_strided(x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type()));
 }
 
 }  // namespace fused_ops

@@ -1,0 +1,417 @@
+// Batch normalisation. Derivation and names: fused_ops/ops/batch_norm.py.
+//
+// Each pass is one kernel if a block can take whole channels: it reads its part of the batch for what their elements
+// have in common, and reads it again, from cache. A channel that is too much for one block has several (channels.cuh).
+// Then one kernel has them report on their own parts, one merges the reports, and one finishes the pass. All is merged
+// in a fixed order, so a result is the same every time. Nothing is read back to the host.
+#include <limits>
+
+#include "activations.cuh"
+#include "channels.cuh"
+
+namespace fused_ops {
+namespace {
+
+// What y = a(z) is made of, z = γ·x̂ + β + residual; the statistics are a kernel's own matter.
+template <typename T>
+struct Terms {
+  const T *x, *residual;  // residual or null
+  ChannelVector<T> weight, bias;
+  Activation activation;
+
+  Terms(const Batch& batch, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
+        const std::optional<Tensor>& bias, const std::optional<std::string>& activation)
+      : x(batch.input.const_data_ptr<T>()),
+        residual(data_or_null<T>(residual)),
+        weight(weight, batch.input, "weight"),
+        bias(bias, batch.input, "bias"),
+        activation(activation_of(activation)) {}
+};
+
+// What the elements of a channel have in common.
+template <typename Acc>
+struct Standard {
+  Acc mean, rstd;
+
+  __device__ Acc x_hat(Acc x) const { return (x - mean) * rstd; }
+};
+
+template <typename Acc>
+struct Channel : Standard<Acc> {
+  Acc weight, bias;
+};
+
+template <typename T, typename Acc = accumulate_t<T>>
+__device__ Channel<Acc> channel_of(const Terms<T>& terms, int64_t c, const Standard<Acc>& standard) {
+  return {standard, terms.weight.get(c, 1), terms.bias.get(c)};
+}
+
+// With statistics that an earlier kernel has found.
+template <typename P, typename T, typename Acc = accumulate_t<T>>
+__device__ void load_channels(const Share<P>& share, const Terms<T>& terms, const Acc* mean, const Acc* rstd,
+                              Channel<Acc> (&channels)[P::kLanes]) {
+#pragma unroll
+  for (int l = 0; l < P::kLanes; ++l) {
+    const int64_t c = share.channel + l;
+    channels[l] = channel_of(terms, c, Standard<Acc>{mean[c], rstd[c]});
+  }
+}
+
+// The moments of a thread's share: of the packs at hand in two passes, which are then merged with those before.
+template <typename P, typename T, typename Acc = accumulate_t<T>>
+__device__ void add_moments(const Share<P>& share, const T* x, Moments<Acc> (&lanes)[P::kLanes]) {
+  constexpr int kAtOnce = 4, kEach = P::kSize / P::kLanes;  // packs; elements of a lane in each
+  share.template for_packs<kAtOnce>([&](const int64_t (&offsets)[kAtOnce], int n) {
+    P packs[kAtOnce] = {};
+    load(x, offsets, n, packs);
+    const Acc count = n * kEach, share_of_one = 1 / count, before = lanes[0].count;
+#pragma unroll
+    for (int l = 0; l < P::kLanes; ++l) {
+      Acc sum = 0, m2 = 0;
+#pragma unroll
+      for (int i = 0; i < kAtOnce * kEach; ++i) sum += widen(packs[i / kEach].values[l + i % kEach * P::kLanes]);
+      const Acc mean = sum * share_of_one;
+#pragma unroll
+      for (int i = 0; i < kAtOnce * kEach; ++i) {
+        const Acc distance = widen(packs[i / kEach].values[l + i % kEach * P::kLanes]) - mean;
+        m2 += i / kEach < n ? distance * distance : 0;
+      }
+      lanes[l].count = before;  // as of all lanes: so compilers know that they can share a division
+      lanes[l].merge(count, mean, m2);
+    }
+  });
+}
+
+// The moments of each chunk's channels, for the next kernel.
+template <typename P, typename T, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_SMALL_BLOCK(T) report_moments(Split split, const T* x, Moments<Acc>* partial) {
+  for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
+    const Share<P> share(split, block);
+    Moments<Acc> lanes[P::kLanes];
+    add_moments(share, x, lanes);
+    merge_threads(split.threads_apart, lanes);
+    report(split, share, lanes, partial);
+  }
+}
+
+// Where the statistics come from, in training the batch, else the running ones; and where they go.
+template <typename T, typename Acc = accumulate_t<T>>
+struct Statistics {
+  bool training;
+  ChannelVector<T> running_mean, running_var;
+  Acc keep, momentum, eps;  // keep = 1 − momentum
+  Acc *mean, *rstd;
+
+  __device__ void move(const ChannelVector<T>& running, int64_t c, Acc batch) const {
+    if (running) running.set(c, keep * running.get(c) + momentum * batch);
+  }
+
+  // The mean and rstd of channel c, whose batch has these moments. One thread for each channel writes them down.
+  __device__ Standard<Acc> finish(int64_t c, const Moments<Acc>& batch, bool writes) const {
+    const Acc N = batch.count, none = std::numeric_limits<Acc>::quiet_NaN();
+    const Acc mu = !training ? running_mean.get(c) : N > 0 ? batch.mean : none;
+    const Acc var = !training ? running_var.get(c) : batch.m2 / N;
+    const Acc r = 1 / std::sqrt(var + eps);
+    if (writes) {
+      mean[c] = mu;
+      rstd[c] = r;
+      if (training && N > 0) {
+        move(running_mean, c, mu);
+        move(running_var, c, var * (N / (N - 1)));
+      }
+    }
+    return {mu, r};
+  }
+};
+
+template <typename T, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_SMALL_BLOCK(T)
+    merge_moments(Split split, const Moments<Acc>* partial, Statistics<T> statistics) {
+  merge_reports(split, partial, [&](int64_t c, const Moments<Acc>& batch) { statistics.finish(c, batch, true); });
+}
+
+// `merged`: the statistics are there already.
+template <typename P, typename T, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_SMALL_BLOCK(T)
+    normalise(Split split, Terms<T> terms, Statistics<T> statistics, bool merged, T* y) {
+  constexpr int kAtOnce = P::kLanes == 8 ? 2 : 4;  // 8 channels take registers, too
+  for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
+    const Share<P> share(split, block);
+    Channel<Acc> channels[P::kLanes];
+    if (merged) {
+      load_channels(share, terms, statistics.mean, statistics.rstd, channels);
+    } else {
+      Moments<Acc> moments[P::kLanes];
+      if (statistics.training) {
+        add_moments(share, terms.x, moments);
+        merge_threads(split.threads_apart, moments);
+      }
+      const bool writes = share.reports && share.chunk == 0;
+#pragma unroll
+      for (int l = 0; l < P::kLanes; ++l) {
+        const int64_t c = share.channel + l;
+        channels[l] = channel_of(terms, c, statistics.finish(c, moments[l], writes));
+      }
+    }
+
+    share.template for_packs<kAtOnce>([&](const int64_t (&offsets)[kAtOnce], int n) {
+      P x[kAtOnce], residual[kAtOnce];
+      load(terms.x, offsets, n, x);
+      if (terms.residual) load(terms.residual, offsets, n, residual);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (u >= n) break;
+        Acc z[P::kSize];
+#pragma unroll
+        for (int k = 0; k < P::kSize; ++k) {
+          const Channel<Acc>& channel = channels[k % P::kLanes];
+          z[k] = channel.weight * channel.x_hat(widen(x[u].values[k])) + channel.bias;
+          if (terms.residual) z[k] += widen(residual[u].values[k]);
+        }
+        with_activation(terms.activation, [&](auto a) {
+#pragma unroll
+          for (int k = 0; k < P::kSize; ++k) z[k] = a.value(z[k]);
+        });
+        P out;
+#pragma unroll
+        for (int k = 0; k < P::kSize; ++k) out.values[k] = narrow<T>(z[k]);
+        store(y, offsets[u], out);
+      }
+    });
+  }
+}
+
+// Σ dz and Σ dz·x̂, of a channel.
+template <typename Acc>
+struct Sums {
+  Acc dz = 0, dz_x_hat = 0;
+
+  __device__ void merge(const Sums& other) {
+    dz += other.dz;
+    dz_x_hat += other.dz_x_hat;
+  }
+};
+
+// Calls use(offset, x_hat, dz) for each pack of a thread's share, dz being dy·a'(z).
+template <typename P, typename T, typename Use, typename Acc = accumulate_t<T>>
+__device__ void with_dz(const Share<P>& share, const Terms<T>& terms, const T* dy,
+                        const Channel<Acc> (&channels)[P::kLanes], const Use& use) {
+  constexpr int kAtOnce = P::kLanes == 8 ? 1 : 2;  // 8 channels take registers, too
+  share.template for_packs<kAtOnce>([&](const int64_t (&offsets)[kAtOnce], int n) {
+    P x[kAtOnce], g[kAtOnce], residual[kAtOnce];
+    load(terms.x, offsets, n, x);
+    load(dy, offsets, n, g);
+    if (terms.residual) load(terms.residual, offsets, n, residual);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (u >= n) break;
+      Acc x_hat[P::kSize], dz[P::kSize];
+#pragma unroll
+      for (int k = 0; k < P::kSize; ++k) {
+        x_hat[k] = channels[k % P::kLanes].x_hat(widen(x[u].values[k]));
+        dz[k] = widen(g[u].values[k]);
+      }
+      with_activation(terms.activation, [&](auto a) {
+#pragma unroll
+        for (int k = 0; k < P::kSize; ++k) {
+          const Channel<Acc>& channel = channels[k % P::kLanes];
+          Acc z = channel.weight * x_hat[k] + channel.bias;
+          if (terms.residual) z += widen(residual[u].values[k]);
+          dz[k] *= a.derivative(z);
+        }
+      });
+      use(offsets[u], x_hat, dz);
+    }
+  });
+}
+
+template <typename P, typename T, typename Acc = accumulate_t<T>>
+__device__ void add_sums(const Share<P>& share, const Terms<T>& terms, const T* dy,
+                         const Channel<Acc> (&channels)[P::kLanes], Sums<Acc> (&lanes)[P::kLanes]) {
+  with_dz(share, terms, dy, channels, [&](int64_t, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
+#pragma unroll
+    for (int k = 0; k < P::kSize; ++k) lanes[k % P::kLanes].merge({dz[k], dz[k] * x_hat[k]});
+  });
+}
+
+// The sums of each chunk's channels, for the next kernel.
+template <typename P, typename T, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_SMALL_BLOCK(T)
+    report_sums(Split split, Terms<T> terms, const T* dy, const Acc* mean, const Acc* rstd, Sums<Acc>* partial) {
+  for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
+    const Share<P> share(split, block);
+    Channel<Acc> channels[P::kLanes];
+    load_channels(share, terms, mean, rstd, channels);
+    Sums<Acc> lanes[P::kLanes];
+    add_sums(share, terms, dy, channels, lanes);
+    merge_threads(split.threads_apart, lanes);
+    report(split, share, lanes, partial);
+  }
+}
+
+// What a backward pass is to give; null where it is not needed.
+template <typename T, typename Acc = accumulate_t<T>>
+struct Gradients {
+  T *dx, *dresidual;
+  Acc *dweight, *dbias;  // Σ dz·x̂ and Σ dz; needed for dx, too
+
+  __device__ void finish(int64_t c, const Sums<Acc>& sums) const {
+    dweight[c] = sums.dz_x_hat;
+    dbias[c] = sums.dz;
+  }
+};
+
+template <typename T, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_SMALL_BLOCK(T) merge_sums(Split split, const Sums<Acc>* partial, Gradients<T> gradients) {
+  merge_reports(split, partial, [&](int64_t c, const Sums<Acc>& sums) { gradients.finish(c, sums); });
+}
+
+// dx = γ·r·(dz − mean(dz) − x̂·mean(dz·x̂)), in evaluation dx = γ·r·dz; dresidual = dz. `merged`: the sums are there
+// already.
+template <typename P, typename T, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_SMALL_BLOCK(T)
+    differentiate(Split split, Terms<T> terms, const T* dy, const Acc* mean, const Acc* rstd, bool training,
+                  Gradients<T> gradients, bool merged) {
+  const Acc N = static_cast<Acc>(split.rows) * static_cast<Acc>(split.positions);
+  for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
+    const Share<P> share(split, block);
+    Channel<Acc> channels[P::kLanes];
+    load_channels(share, terms, mean, rstd, channels);
+    Sums<Acc> sums[P::kLanes];
+    if (merged) {
+#pragma unroll
+      for (int l = 0; l < P::kLanes; ++l)
+        sums[l] = {gradients.dbias[share.channel + l], gradients.dweight[share.channel + l]};
+    } else if (gradients.dweight) {
+      add_sums(share, terms, dy, channels, sums);
+      merge_threads(split.threads_apart, sums);
+#pragma unroll
+      for (int l = 0; l < P::kLanes; ++l)
+        if (share.reports) gradients.finish(share.channel + l, sums[l]);
+    }
+    if (!gradients.dx && !gradients.dresidual) continue;
+
+#pragma unroll
+    for (int l = 0; l < P::kLanes; ++l) sums[l] = {sums[l].dz / N, sums[l].dz_x_hat / N};  // from here on means
+    with_dz(share, terms, dy, channels, [&](int64_t offset, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
+      P dx, dresidual;
+#pragma unroll
+      for (int k = 0; k < P::kSize; ++k) {
+        const Channel<Acc>& channel = channels[k % P::kLanes];
+        const Sums<Acc>& means = sums[k % P::kLanes];
+        const Acc centred = training ? dz[k] - means.dz - x_hat[k] * means.dz_x_hat : dz[k];
+        dx.values[k] = narrow<T>(channel.weight * channel.rstd * centred);
+        dresidual.values[k] = narrow<T>(dz[k]);
+      }
+      if (gradients.dx) store(gradients.dx, offset, dx);
+      if (gradients.dresidual) store(gradients.dresidual, offset, dresidual);
+    });
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor> running_mean,
+                                                      std::optional<Tensor> running_var, std::optional<Tensor> weight,
+                                                      std::optional<Tensor> bias, bool training, double momentum,
+                                                      double eps, std::optional<std::string> activation,
+                                                      std::optional<Tensor> residual) {
+  STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics must be defined in evaluation mode");
+  const Batch batch(input);
+  if (residual) residual = batch.alike(*residual, "residual");
+  Tensor y = batch.empty(), mean = batch.empty_vector(), rstd = batch.empty_vector();
+  if (batch.layout.channels == 0) return {y, mean, rstd};
+
+  dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
+    using T = decltype(scalar);
+    using Acc = accumulate_t<T>;
+    const Terms<T> terms(batch, residual, weight, bias, activation);
+    const Statistics<T> statistics{training,
+                                   ChannelVector<T>(running_mean, batch.input, "running_mean", training),
+                                   ChannelVector<T>(running_var, batch.input, "running_var", training),
+                                   static_cast<Acc>(1 - momentum),
+                                   static_cast<Acc>(momentum),
+                                   static_cast<Acc>(eps),
+                                   mean.mutable_data_ptr<Acc>(),
+                                   rstd.mutable_data_ptr<Acc>()};
+    T* out = y.mutable_data_ptr<T>();
+    dispatch_pack<T>(batch.layout, {terms.x, terms.residual, out}, [&](auto pack) {
+      using P = decltype(pack);
+      const Split split(batch.layout, P::kSize);
+      const bool in_parts = training && split.chunks() > 1;
+      Tensor reports = empty_reports<Moments<Acc>, Acc>(batch, split, in_parts);
+      if (in_parts) {
+        auto* partial = reinterpret_cast<Moments<Acc>*>(reports.template mutable_data_ptr<Acc>());
+        launch(batch.input, split.blocks(), split.threads(), report_moments<P, T>, split, terms.x, partial);
+        launch(batch.input, blocks_to_merge(split), kThreads, merge_moments<T>, split, partial, statistics);
+      }
+      launch(batch.input, split.blocks(), split.threads(), normalise<P, T>, split, terms, statistics, in_parts, out);
+    });
+  });
+  // A copy of a tensor onto itself moves nothing, but tells autograd that it was written to.
+  for (auto running : {running_mean, running_var})
+    if (running && training && input.numel() > 0) torch::stable::copy_(*running, *running);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
+                                                               std::optional<Tensor> bias,
+                                                               std::optional<Tensor> residual, Tensor mean, Tensor rstd,
+                                                               bool training, double,
+                                                               std::optional<std::string> activation, bool needs_input,
+                                                               bool needs_parameters, bool needs_residual) {
+  const Batch batch(input);
+  dy = batch.alike(dy, "dy");
+  if (residual) residual = batch.alike(*residual, "residual");
+  const auto acc_type = accumulate_type(input.scalar_type());
+  mean = torch::stable::contiguous(mean);
+  rstd = torch::stable::contiguous(rstd);
+  for (const auto& [statistic, name] : {std::pair(mean, "mean"), std::pair(rstd, "rstd")}) {
+    check_vector(statistic, batch.layout.channels, acc_type, name);
+    check_same_device(statistic, batch.input, name);
+  }
+
+  needs_residual = needs_residual && activation;  // without an activation it is dy
+  Tensor dx = batch.empty(needs_input), dresidual = batch.empty(needs_residual);
+  const bool needs_sums = needs_parameters || (needs_input && training);
+  Tensor dweight = batch.empty_vector(needs_sums), dbias = batch.empty_vector(needs_sums);
+  if (batch.layout.channels == 0 || !(needs_sums || needs_input || needs_residual))
+    return {dx, dweight, dbias, dresidual};
+
+  dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
+    using T = decltype(scalar);
+    using Acc = accumulate_t<T>;
+    const Terms<T> terms(batch, residual, weight, bias, activation);
+    const T* g = dy.const_data_ptr<T>();
+    const Acc *mu = mean.const_data_ptr<Acc>(), *r = rstd.const_data_ptr<Acc>();
+    const Gradients<T> gradients{
+        needs_input ? dx.mutable_data_ptr<T>() : nullptr, needs_residual ? dresidual.mutable_data_ptr<T>() : nullptr,
+        needs_sums ? dweight.mutable_data_ptr<Acc>() : nullptr, needs_sums ? dbias.mutable_data_ptr<Acc>() : nullptr};
+    dispatch_pack<T>(batch.layout, {terms.x, terms.residual, g, gradients.dx, gradients.dresidual}, [&](auto pack) {
+      using P = decltype(pack);
+      const Split split(batch.layout, P::kSize);
+      const bool in_parts = needs_sums && split.chunks() > 1;
+      Tensor reports = empty_reports<Sums<Acc>, Acc>(batch, split, in_parts);
+      if (in_parts) {
+        auto* partial = reinterpret_cast<Sums<Acc>*>(reports.template mutable_data_ptr<Acc>());
+        launch(batch.input, split.blocks(), split.threads(), report_sums<P, T>, split, terms, g, mu, r, partial);
+        launch(batch.input, blocks_to_merge(split), kThreads, merge_sums<T>, split, partial, gradients);
+      }
+      if (!in_parts || needs_input || needs_residual)
+        launch(batch.input, split.blocks(), split.threads(), differentiate<P, T>, split, terms, g, mu, r, training,
+               gradients, in_parts);
+    });
+  });
+  if (!needs_parameters) {
+    dweight = batch.empty_vector(false);
+    dbias = batch.empty_vector(false);
+  }
+  return {dx, dweight, dbias, dresidual};
+}
+
+}  // namespace fused_ops
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ops, CUDA, m) {
+  m.impl("batch_norm_forward", TORCH_BOX(&fused_ops::batch_norm_forward));
+  m.impl("batch_norm_backward", TORCH_BOX(&fused_ops::batch_norm_backward));
+}
