@@ -19,6 +19,7 @@ out in the forward pass, while the chunk's logits are there, and the backward pa
 "none", float16, a second backward pass, second derivatives) it computes the logits once more.
 """
 
+import math
 from typing import List, Optional, Tuple
 
 import torch
@@ -115,13 +116,16 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_inde
     *smooth, classes, chunk_size, needs = others
     W, b = accumulated((linear_weight, linear_bias))
     D = W.shape[0] // classes
+    N = input.shape[0]
+    chunks = max(1, math.ceil(N / chunk_size))
+    chunk_size = max(1, math.ceil(N / chunks))  # as many chunks, but of about the same size
     losses = g.new_empty(target.shape[0])  # (N·D)
-    room = W.new_empty(min(chunk_size, input.shape[0]), W.shape[0])  # for the logits of a chunk
+    room = W.new_empty(chunk_size, W.shape[0])  # for the logits of a chunk
     dinput = input.new_empty(input.shape) if needs[0] else input.new_empty(0)
-    dW, db = W.new_zeros(W.shape if needs[1] else 0), W.new_zeros(W.shape[0] if needs[2] else 0)
+    dW, db = W.new_empty(W.shape if needs[1] else 0), W.new_zeros(W.shape[0] if needs[2] else 0)
     dtarget = target.new_empty(target.shape) if needs[3] else input.new_empty(0)
     with torch.autocast(input.device.type, enabled=False):  # the caller has cast what there was to cast
-        for start in range(0, input.shape[0], chunk_size):
+        for start in range(0, N, chunk_size):
             examples = slice(start, start + chunk_size)
             rows = slice(start * D, (start + chunk_size) * D)
             x, y = input[examples].to(W.dtype), target[rows]  # (n, H), (n·D) or (n·D, C)
@@ -137,11 +141,13 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_inde
             if needs[0]:
                 dinput[examples] = torch.mm(dz, W)  # (n, H)
             if needs[1]:
-                dW.addmm_(dz.t(), x)  # (D·C, H)
+                torch.addmm(dW, dz.t(), x, beta=float(start > 0), out=dW)  # (D·C, H); beta = 0 reads no dW
             if needs[2]:
                 db += dz.sum(0)  # (D·C)
             if needs[3]:
                 dtarget[rows] = dy
+    if N == 0:
+        dW.zero_()
     return losses, dinput, dW.to(input.dtype), db.to(input.dtype), dtarget
 
 
