@@ -149,7 +149,8 @@ def mlp(draw):
     options = {
         "training": training,
         "momentum": draw(st.sampled_from([0.0, 0.1, 1.0]), label="momentum"),
-        "eps": draw(st.sampled_from([1e-3, 0.5]), label="eps"),
+        # not smaller: where all contexts are alike, 1/√eps multiplies the rounding of bias1's gradient, which is 0
+        "eps": draw(st.sampled_from([0.1, 0.5]), label="eps"),
     }
     running = [make.floats((H,), dtype, low, 2.0).contiguous() for low in (-1.0, 0.2)]
     statistics = running if not training or draw(mostly, label="running statistics") else [None, None]
