@@ -9,6 +9,18 @@
 
 namespace fused_ops {
 
+// No activation.
+struct Identity {
+  template <typename Acc>
+  FUSED_OPS_HOST_DEVICE static Acc value(Acc z) {
+    return z;
+  }
+  template <typename Acc>
+  FUSED_OPS_HOST_DEVICE static Acc derivative(Acc) {
+    return 1;
+  }
+};
+
 struct Relu {
   template <typename Acc>
   FUSED_OPS_HOST_DEVICE static Acc value(Acc z) {

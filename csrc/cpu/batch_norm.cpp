@@ -9,13 +9,19 @@
 #include <string>
 #include <vector>
 
-#include "../activations.h"
 #include "../checks.h"
 #include "../empty.h"
+#include "batch_norm_passes.h"
 #include "huge_pages.h"
-#include "tiles.h"
 
 namespace fused_ops {
+
+// Compiled apart, to compile side by side: in batch_norm_float.cpp and batch_norm_half.cpp.
+extern template Passes<float> passes_with(const std::optional<std::string>&);
+extern template Passes<double> passes_with(const std::optional<std::string>&);
+extern template Passes<c10::Half> passes_with(const std::optional<std::string>&);
+extern template Passes<c10::BFloat16> passes_with(const std::optional<std::string>&);
+
 namespace {
 
 // Of the values of each channel in a tile, less the mean of every eighth row: the sum and the sum of squares. These s
@@ -25,10 +31,10 @@ template <typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* shift, Acc* sum, Acc* squares) {
   for (Acc* v : {shift, sum, squares}) std::fill(v + t.c_begin, v + t.c_end, Acc(0));
   for (int64_t o = t.o_begin; o < t.o_end; o += 8)
-    add_up_rows<1>(l, t, o, 0, shift, sum, [=](int64_t, int64_t i, int64_t) { return Pair<Acc>{widen(x[i]), 0}; });
+    add_up_rows<1>(l, t, o, shift, sum, [=](int64_t, int64_t i) { return Pair<Acc>{widen(x[i]), 0}; });
   const Acc count = static_cast<Acc>(ceil_div(t.rows(), 8) * (t.i_end - t.i_begin));
   for (int64_t c = t.c_begin; c < t.c_end; ++c) shift[c] /= count;
-  add_up(l, t, sum, squares, [=](int64_t c, int64_t i, int64_t) {
+  add_up(l, t, sum, squares, [=](int64_t c, int64_t i) {
     const Acc distance = widen(x[i]) - shift[c];
     return Pair<Acc>{distance, distance * distance};
   });
@@ -70,122 +76,6 @@ FUSED_OPS_VECTORIZED void merge_moments(const Tiling& tiling, int64_t c_begin, i
     mean[c] = static_cast<Acc>(total > 0 ? means[c - c_begin] : std::numeric_limits<double>::quiet_NaN());
     var[c] = static_cast<Acc>(m2s[c - c_begin] / total);  // 0/0 where empty
   }
-}
-
-// An activation and its derivative, each in place of n values of z. Both null: no activation.
-template <typename Acc>
-struct Activation {
-  void (*value)(Acc* z, int64_t n) = nullptr;
-  void (*derivative)(Acc* z, int64_t n) = nullptr;
-};
-
-template <typename A, typename Acc>
-FUSED_OPS_VECTORIZED void apply_value(Acc* z, int64_t n) {
-#pragma omp simd
-  for (int64_t k = 0; k < n; ++k) z[k] = A::value(z[k]);
-}
-
-template <typename A, typename Acc>
-FUSED_OPS_VECTORIZED void apply_derivative(Acc* z, int64_t n) {
-#pragma omp simd
-  for (int64_t k = 0; k < n; ++k) z[k] = A::derivative(z[k]);
-}
-
-template <typename Acc>
-Activation<Acc> activation_of(const std::optional<std::string>& name) {
-  Activation<Acc> activation;
-  if (name) {
-    const bool known = dispatch_activation(*name, [&](auto a) {
-      using A = decltype(a);
-      activation = {apply_value<A, Acc>, apply_derivative<A, Acc>};
-    });
-    STD_TORCH_CHECK(known, "batch_norm: there is no activation ", *name);
-  }
-  return activation;
-}
-
-// What y = a(z) is made of, z = (x − μ)·γr + β + residual.
-template <typename T, typename Acc = accumulate_t<T>>
-struct Forward {
-  const T* x;
-  const T* residual;  // or null
-  const Acc *mean, *rstd, *scale, *bias;
-  Activation<Acc> activation;
-};
-
-// use(z), where z(c, i) is that of the element at index i, of channel c.
-template <typename T, typename Use, typename Acc = accumulate_t<T>>
-inline void with_z(const Forward<T>& f, const Use& use) {
-  const auto affine = [x = f.x, mean = f.mean, scale = f.scale, bias = f.bias](int64_t c, int64_t i) {
-    return (widen(x[i]) - mean[c]) * scale[c] + bias[c];
-  };
-  if (f.residual)
-    use([affine, residual = f.residual](int64_t c, int64_t i) { return affine(c, i) + widen(residual[i]); });
-  else
-    use(affine);
-}
-
-template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_forward(const Layout& l, const Tile& t, const Forward<T>& f, T* y) {
-  with_z(f, [&](const auto& z) {
-    if (!f.activation.value) return for_each(l, t, [=](int64_t c, int64_t i, int64_t) { y[i] = narrow<T>(z(c, i)); });
-    alignas(64) Acc a[kStrip];
-    for_strips(l, t, [&, a = &a[0]](const Tile& s) {
-      for_each(l, s, [=](int64_t c, int64_t i, int64_t k) { a[k] = z(c, i); });
-      f.activation.value(a, s.rows() * s.row_size());
-      for_each(l, s, [=](int64_t, int64_t i, int64_t k) { y[i] = narrow<T>(a[k]); });
-    });
-  });
-}
-
-// use(s, dz) for parts s of a tile, where dz(i, k) is dy·a'(z) of the k-th element, at index i: strips with an
-// activation, else the whole tile at once, where dz is dy.
-template <typename T, typename Use, typename Acc = accumulate_t<T>>
-inline void with_dz(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy, const Use& use) {
-  if (!f.activation.derivative) return use(t, [dy](int64_t i, int64_t) { return widen(dy[i]); });
-  alignas(64) Acc slope_of_strip[kStrip];
-  for_strips(l, t, [&, slope = &slope_of_strip[0]](const Tile& s) {
-    with_z(f, [&](const auto& z) { for_each(l, s, [=](int64_t c, int64_t i, int64_t k) { slope[k] = z(c, i); }); });
-    f.activation.derivative(slope, s.rows() * s.row_size());
-    use(s, [dy, slope](int64_t i, int64_t k) { return slope[k] * widen(dy[i]); });
-  });
-}
-
-// Σ dz and Σ dz·x̂; and dz itself, unless `kept` is null
-template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy, Acc* dz_sum,
-                                    Acc* dz_x_hat_sum, T* kept) {
-  for (Acc* v : {dz_sum, dz_x_hat_sum}) std::fill(v + t.c_begin, v + t.c_end, Acc(0));
-  with_dz(l, t, f, dy, [&, x = f.x, mean = f.mean, rstd = f.rstd](const Tile& s, const auto& dz) {
-    add_up(l, s, dz_sum, dz_x_hat_sum, [=](int64_t c, int64_t i, int64_t k) {
-      const Acc dz_i = dz(i, k);
-      if (kept) kept[i] = narrow<T>(dz_i);
-      return Pair<Acc>{dz_i, dz_i * ((widen(x[i]) - mean[c]) * rstd[c])};
-    });
-  });
-}
-
-// The means of dz and of dz·x̂ over a channel; null in evaluation, where dx does not depend on them.
-template <typename Acc>
-struct Means {
-  const Acc *dz, *dz_x_hat;
-};
-
-// dx = γr·(dz − mean(dz) − x̂·mean(dz·x̂)), in evaluation dx = γr·dz; and dresidual = dz. Null: not needed.
-template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const Forward<T>& f, const T* dy,
-                                        const Means<Acc>& means, T* dx, T* dresidual) {
-  with_dz(l, t, f, dy, [&, x = f.x, mean = f.mean, rstd = f.rstd, scale = f.scale](const Tile& s, const auto& dz) {
-    if (dresidual) for_each(l, s, [=](int64_t, int64_t i, int64_t k) { dresidual[i] = narrow<T>(dz(i, k)); });
-    if (dx && means.dz) {
-      for_each(l, s, [=, dz_mean = means.dz, dz_x_hat_mean = means.dz_x_hat](int64_t c, int64_t i, int64_t k) {
-        const Acc x_hat = (widen(x[i]) - mean[c]) * rstd[c];
-        dx[i] = narrow<T>(scale[c] * (dz(i, k) - dz_mean[c] - x_hat * dz_x_hat_mean[c]));
-      });
-    } else if (dx) {
-      for_each(l, s, [=](int64_t c, int64_t i, int64_t k) { dx[i] = narrow<T>(scale[c] * dz(i, k)); });
-    }
-  });
 }
 
 // The sum of each channel of a block over all parts.
@@ -250,20 +140,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
     Acc* running_means = running_mean_c ? running_mean_c->mutable_data_ptr<Acc>() : nullptr;
     Acc* running_vars = running_var_c ? running_var_c->mutable_data_ptr<Acc>() : nullptr;
     std::vector<Acc> scale(C), var(C), zeros(beta ? 0 : C);
-    const Forward<T> forward{x,
-                             data_or_null<T>(residual),
-                             mean,
-                             rstd,
-                             scale.data(),
-                             beta ? beta : zeros.data(),
-                             activation_of<Acc>(activation)};
+    const Passes<T> passes = passes_with<T>(activation);
+    const PreActivation<T> z{x, data_or_null<T>(residual), mean, scale.data(), beta ? beta : zeros.data()};
     const auto scale_from_var = [&](int64_t c_begin, int64_t c_end) {
       for (int64_t c = c_begin; c < c_end; ++c) {
         rstd[c] = 1 / std::sqrt(var[c] + static_cast<Acc>(eps));
         scale[c] = gamma ? gamma[c] * rstd[c] : rstd[c];  // γ·r
       }
     };
-    const auto apply = [&](const Tile& t) { tile_forward<T>(l, t, forward, out); };
+    const auto apply = [&](const Tile& t) { passes.forward(l, t, z, out); };
 
     if (!training) {
       std::copy(running_means, running_means + C, mean);
@@ -328,42 +213,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
     T* dresidual = needs_residual ? dresidual_out.mutable_data_ptr<T>() : nullptr;
     const Acc *rstd = rstd_c.const_data_ptr<Acc>(), *gamma = data_or_null<Acc>(weight_c),
               *beta = data_or_null<Acc>(bias_c);
-    std::vector<Acc> scale(C), zeros(beta ? 0 : C), dz_mean(C), dz_x_hat_mean(C);
+    std::vector<Acc> scale(C), zeros(beta ? 0 : C), dz_mean(C), slope(C);
     for (int64_t c = 0; c < C; ++c) scale[c] = gamma ? gamma[c] * rstd[c] : rstd[c];  // γ·r
-    const Forward<T> forward{
-        input.const_data_ptr<T>(),  data_or_null<T>(residual),     mean_c.const_data_ptr<Acc>(), rstd, scale.data(),
-        beta ? beta : zeros.data(), activation_of<Acc>(activation)};
+    const Acc* mean = mean_c.const_data_ptr<Acc>();
+    const PreActivation<T> z{input.const_data_ptr<T>(), data_or_null<T>(residual), mean, scale.data(),
+                             beta ? beta : zeros.data()};
+    const Passes<T> passes = passes_with<T>(activation), passes_from_dz = passes_with<T>(std::nullopt);
     Acc* dweight = needs_parameters ? dweight_out.mutable_data_ptr<Acc>() : nullptr;
     Acc* dbias = needs_parameters ? dbias_out.mutable_data_ptr<Acc>() : nullptr;
-    const Means<Acc> means{training ? dz_mean.data() : nullptr, dz_x_hat_mean.data()};
+    const Means<Acc> means{training ? dz_mean.data() : nullptr, slope.data()};
 
     if (!needs_sums) {
-      tiling.for_tiles([&](const Tile& t, int64_t) { tile_backward<T>(l, t, forward, g, means, dx, dresidual); });
+      tiling.for_tiles([&](const Tile& t, int64_t) { passes.backward(l, t, z, g, means, dx, dresidual); });
       return;
     }
     // The second pass need not work dz out again, where T holds it without rounding.
     T* kept = activation && std::is_same_v<T, Acc> ? (dresidual ? dresidual : dx) : nullptr;
-    Forward<T> from_kept = forward;
-    if (kept) from_kept.activation = {};
-    const PerPart<Acc> dz_sums(tiling), dz_x_hat_sums(tiling);
-    std::vector<double> dz_sum(C), dz_x_hat_sum(C);  // over all parts
+    const PerPart<Acc> dz_sums(tiling), dz_distance_sums(tiling);
+    std::vector<double> dz_sum(C), dz_distance_sum(C);  // over all parts
     tiling.for_tiles_twice(
-        [&](const Tile& t, int64_t part) { tile_sums<T>(l, t, forward, g, dz_sums[part], dz_x_hat_sums[part], kept); },
+        [&](const Tile& t, int64_t part) { passes.sums(l, t, z, g, dz_sums[part], dz_distance_sums[part], kept); },
         [&](int64_t c_begin, int64_t c_end) {
           merge_sums(tiling, c_begin, c_end, dz_sums, dz_sum.data());
-          merge_sums(tiling, c_begin, c_end, dz_x_hat_sums, dz_x_hat_sum.data());
+          merge_sums(tiling, c_begin, c_end, dz_distance_sums, dz_distance_sum.data());
           const double N = static_cast<double>(l.per_channel());
           for (int64_t c = c_begin; c < c_end; ++c) {
+            const double dz_x_hat_sum = N > 0 ? dz_distance_sum[c] * rstd[c] : 0;  // r is NaN of an empty batch
             dz_mean[c] = static_cast<Acc>(dz_sum[c] / N);
-            dz_x_hat_mean[c] = static_cast<Acc>(dz_x_hat_sum[c] / N);
+            slope[c] = static_cast<Acc>(rstd[c] * dz_x_hat_sum / N);
+            if (!needs_parameters) continue;
+            dbias[c] = static_cast<Acc>(dz_sum[c]);
+            dweight[c] = static_cast<Acc>(dz_x_hat_sum);
           }
-          if (!needs_parameters) return;
-          std::copy(dz_sum.data() + c_begin, dz_sum.data() + c_end, dbias + c_begin);
-          std::copy(dz_x_hat_sum.data() + c_begin, dz_x_hat_sum.data() + c_end, dweight + c_begin);
         },
         [&](const Tile& t) {
-          if (kept && dx) tile_backward<T>(l, t, from_kept, kept, means, dx, nullptr);
-          if (!kept && (dx || dresidual)) tile_backward<T>(l, t, forward, g, means, dx, dresidual);
+          if (kept && dx) passes_from_dz.backward(l, t, z, kept, means, dx, nullptr);
+          if (!kept && (dx || dresidual)) passes.backward(l, t, z, g, means, dx, dresidual);
         });
   });
   return {dx_out, dweight_out, dbias_out, dresidual_out};

@@ -12,14 +12,15 @@
 
 namespace fused_ops {
 
-// The tensor itself, before anything is written to it. Where the system refuses, it stays as it is.
+// The tensor itself, before anything is written to it. Where the system refuses, it stays as it is; and where it is
+// small: memory of up to 32 MiB glibc keeps to hand it out again, so most of it has been touched before.
 inline torch::stable::Tensor on_huge_pages(torch::stable::Tensor t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21, kLeast = uintptr_t{1} << 25;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (end - begin >= kLeast && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return t;
 }

@@ -16,26 +16,22 @@ struct Tile {
   int64_t o_begin, o_end, c_begin, c_end, i_begin, i_end;
 
   int64_t rows() const { return o_end - o_begin; }
-  int64_t row_size() const { return (c_end - c_begin) * (i_end - i_begin); }
 };
 
-// f(c, index, k) for each element of a tile, at this index in memory, the k-th of the tile. The inner loop runs along
-// memory: over channels where they come last, else over a channel's positions.
+// f(c, index) for each element of a tile, at this index in memory. The inner loop runs along memory: over channels
+// where they come last, else over a channel's positions.
 template <typename F>
 inline void for_each(const Layout& l, const Tile& t, const F& f) {
-  int64_t k = 0;
   for (int64_t o = t.o_begin; o < t.o_end; ++o) {
     if (l.inner == 1) {
-      const int64_t index = o * l.channels, k_0 = k - t.c_begin;
+      const int64_t index = o * l.channels;
 #pragma omp simd
-      for (int64_t c = t.c_begin; c < t.c_end; ++c) f(c, index + c, k_0 + c);
-      k += t.c_end - t.c_begin;
+      for (int64_t c = t.c_begin; c < t.c_end; ++c) f(c, index + c);
     } else {
       for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-        const int64_t index = (o * l.channels + c) * l.inner, k_0 = k - t.i_begin;
+        const int64_t index = (o * l.channels + c) * l.inner;
 #pragma omp simd
-        for (int64_t i = t.i_begin; i < t.i_end; ++i) f(c, index + i, k_0 + i);
-        k += t.i_end - t.i_begin;
+        for (int64_t i = t.i_begin; i < t.i_end; ++i) f(c, index + i);
       }
     }
   }
@@ -47,38 +43,35 @@ struct Pair {
 };
 
 // Sums are taken over so many rows (o) at once: what they add to is then read and written once for all of these, and
-// none waits for each addition. The rows are a quarter of the tile apart, so that memory is read in long runs.
+// none waits for each addition.
 constexpr int64_t kRows = 4;
 
-// add_up, over the `rows` rows o, o + step, o + 2·step, ... of a tile.
+// add_up, over the `rows` rows that begin at o.
 template <int64_t rows, typename Acc, typename Value>
-inline void add_up_rows(const Layout& l, const Tile& t, int64_t o, int64_t step, Acc* first, Acc* second,
-                        const Value& value) {
-  const int64_t positions = t.i_end - t.i_begin, row_size = (t.c_end - t.c_begin) * positions;
-  const auto sum_of_rows = [=, index_step = step * l.channels * l.inner](int64_t c, int64_t index, int64_t k) {
-    Pair<Acc> sum = value(c, index, k);
+inline void add_up_rows(const Layout& l, const Tile& t, int64_t o, Acc* first, Acc* second, const Value& value) {
+  const int64_t row_size = l.channels * l.inner, index = o * row_size;
+  const auto sum_of_rows = [=](int64_t c, int64_t i) {
+    Pair<Acc> sum = value(c, i);
     for (int64_t r = 1; r < rows; ++r) {
-      const Pair<Acc> values = value(c, index + r * index_step, k + r * step * row_size);
+      const Pair<Acc> values = value(c, i + r * row_size);
       sum.first += values.first;
       sum.second += values.second;
     }
     return sum;
   };
-  const int64_t index = o * l.channels * l.inner + t.i_begin, k = (o - t.o_begin) * row_size;
   if (l.inner == 1) {
 #pragma omp simd
     for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-      const Pair<Acc> sum = sum_of_rows(c, index + c, k + c - t.c_begin);
+      const Pair<Acc> sum = sum_of_rows(c, index + c);
       first[c] += sum.first;
       second[c] += sum.second;
     }
   } else {
     for (int64_t c = t.c_begin; c < t.c_end; ++c) {
-      const int64_t index_c = index + c * l.inner, k_c = k + (c - t.c_begin) * positions;
       Acc first_sum = 0, second_sum = 0;
 #pragma omp simd reduction(+ : first_sum, second_sum)
-      for (int64_t i = 0; i < positions; ++i) {
-        const Pair<Acc> sum = sum_of_rows(c, index_c + i, k_c + i);
+      for (int64_t i = t.i_begin; i < t.i_end; ++i) {
+        const Pair<Acc> sum = sum_of_rows(c, index + c * l.inner + i);
         first_sum += sum.first;
         second_sum += sum.second;
       }
@@ -88,29 +81,13 @@ inline void add_up_rows(const Layout& l, const Tile& t, int64_t o, int64_t step,
   }
 }
 
-// first[c] += Σ value(c, index, k).first over a tile, and so for second; c, index and k as in for_each. Where channels
-// come last first and second are vectors, else sums of a channel are scalars.
+// first[c] += Σ value(c, index).first over a tile, and so for second; c and index as in for_each. Where channels come
+// last first and second are vectors, else sums of a channel are scalars.
 template <typename Acc, typename Value>
 inline void add_up(const Layout& l, const Tile& t, Acc* first, Acc* second, const Value& value) {
-  const int64_t step = t.rows() / kRows;
-  for (int64_t o = t.o_begin; o < t.o_begin + step; ++o) add_up_rows<kRows>(l, t, o, step, first, second, value);
-  for (int64_t o = t.o_begin + step * kRows; o < t.o_end; ++o) add_up_rows<1>(l, t, o, 0, first, second, value);
-}
-
-// A strip is a part of a tile of so few elements that they stay in the innermost cache: kRows rows of a part of it, or
-// more where they are shorter.
-constexpr int64_t kStrip = 2048;
-
-// f(strip) for each strip of a tile.
-template <typename F>
-inline void for_strips(const Layout& l, const Tile& t, const F& f) {
-  constexpr int64_t kRowSize = kStrip / kRows;
-  const int64_t c_size = std::min(t.c_end - t.c_begin, std::max<int64_t>(1, kRowSize / l.inner));
-  const int64_t i_size = std::min(t.i_end - t.i_begin, kRowSize), o_size = kStrip / (c_size * i_size);
-  for (int64_t o = t.o_begin; o < t.o_end; o += o_size)
-    for (int64_t c = t.c_begin; c < t.c_end; c += c_size)
-      for (int64_t i = t.i_begin; i < t.i_end; i += i_size)
-        f(Tile{o, std::min(o + o_size, t.o_end), c, std::min(c + c_size, t.c_end), i, std::min(i + i_size, t.i_end)});
+  int64_t o = t.o_begin;
+  for (; o + kRows <= t.o_end; o += kRows) add_up_rows<kRows>(l, t, o, first, second, value);
+  for (; o < t.o_end; ++o) add_up_rows<1>(l, t, o, first, second, value);
 }
 
 constexpr int64_t kChannels = 1024;  // the most of a tile
