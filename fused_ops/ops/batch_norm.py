@@ -275,40 +275,46 @@ def batch_norm(
 
 
 def _check(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual):
-    """Refuse what PyTorch refuses, in its words. Of an empty input it takes even one without channels, (0,)."""
-    if not input.is_floating_point():
-        raise NotImplementedError(f"batch_norm: expected a floating point input, got {input.dtype}")
-    if input.dim() < 2 and input.shape != (0,):
-        raise RuntimeError(f"expected an input of shape (N, C) or (N, C, d1, ...), got {tuple(input.shape)}")
+    """Refuse what PyTorch refuses, in its words. Of an empty input it takes even one without channels, (0,).
+
+    Whatever it asks of a tensor it asks once: at small sizes that takes a good part of the whole time.
+    """
+    shape, dtype = input.shape, input.dtype
+    C = shape[1] if len(shape) > 1 else 0
+    if not dtype.is_floating_point:
+        raise NotImplementedError(f"batch_norm: expected a floating point input, got {dtype}")
+    if len(shape) < 2 and shape != (0,):
+        raise RuntimeError(f"expected an input of shape (N, C) or (N, C, d1, ...), got {tuple(shape)}")
     if momentum is None:
         raise TypeError("batch_norm: momentum must be a float, not None")
     check_activation(activation)
-    if residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype):
+    if residual is not None and (residual.shape, residual.dtype) != (shape, dtype):
         raise RuntimeError(
-            f"residual should have the shape and dtype of the input, {tuple(input.shape)} and {input.dtype}, "
+            f"residual should have the shape and dtype of the input, {tuple(shape)} and {dtype}, "
             f"but got {tuple(residual.shape)} and {residual.dtype}"
         )
     if training:
         if (running_mean is None) != (running_var is None):
             raise ValueError("running_mean and running_var must either both be None or neither be None")
-        if math.prod(input.shape[:1] + input.shape[2:]) == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        if input.numel() == C and math.prod(shape[:1] + shape[2:]) == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         if eps <= 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     elif eps < 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    C = input.shape[1] if input.dim() > 1 else 0
-    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    dtypes = (input.dtype, accumulate_dtype(input.dtype))
-    for name, v in vectors.items():
+    elif (running_mean is None or running_var is None) and input.numel() > 0:
+        raise RuntimeError(
+            f"{'running_mean' if running_mean is None else 'running_var'} must be defined in evaluation mode"
+        )
+    dtypes = (dtype, accumulate_dtype(dtype))
+    vectors = ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
+    for name, v in vectors:
         if v is None:
-            if not training and name.startswith("running") and input.numel() > 0:
-                raise RuntimeError(f"{name} must be defined in evaluation mode")
             continue
         if v.shape != (C,):
             raise RuntimeError(f"{name} should contain {C} elements not {v.numel()}")
         if v.dtype not in dtypes:
             raise RuntimeError(f"{name}: expected scalar type {dtypes[0]} but found {v.dtype}")
         dtypes = (v.dtype,)  # of all that follow, too
-        if name.startswith("running") and v.requires_grad and torch.is_grad_enabled():
+        if v.requires_grad and name.startswith("running") and torch.is_grad_enabled():
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")

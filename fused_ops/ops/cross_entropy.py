@@ -381,14 +381,15 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction.legacy_get_string(size_average, reduce)
-    if input.dim() == 0 or not input.is_floating_point():
+    shape, dtype = input.shape, input.dtype
+    if not shape or not dtype.is_floating_point:
         raise RuntimeError(
             f"expected floating point logits of shape (C,), (N, C) or (N, C, d1, ...), "
-            f"got {input.dtype} of shape {tuple(input.shape)}"
+            f"got {dtype} of shape {tuple(shape)}"
         )
-    check_loss(input.shape, input.dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
+    check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
-    logits, dtype = as_batch(input), input.dtype  # (N, C) or (N, C, D)
+    logits = as_batch(input)  # (N, C) or (N, C, D)
     if target.is_floating_point():
         y = as_rows(target) if logits.dim() == 2 else target.flatten(2)  # as logits
         dtype = torch.promote_types(dtype, target.dtype)
@@ -402,4 +403,4 @@ def cross_entropy(
         made = logits.requires_grad and not y.requires_grad and in_forward_pass(reduction, dtype)
         loss, *_ = _cross_entropy(logits, y, weight, *options, made and not torch.compiler.is_compiling())
     loss = in_dtype(loss, dtype)
-    return loss.reshape(without_classes(input.shape)) if reduction == "none" else loss
+    return loss.reshape(without_classes(shape)) if reduction == "none" else loss
