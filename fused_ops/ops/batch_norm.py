@@ -19,7 +19,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, save
 from fused_ops.ops._activations import ACTIVATIONS, check_activation
 from fused_ops.ops._channels import all_but_channels, dense, folded, in_layout_of, per_channel, unfolded
 from fused_ops.ops.batch_norm_derivatives import (
@@ -147,11 +147,10 @@ class BatchNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if activation is None:
             bias = residual = None  # only a'(z) would need them
-        ctx.save_for_backward(input, weight, bias, residual, mean, rstd)
-        ctx.save_for_forward(input, weight, bias, residual, mean, rstd)
+        save(ctx, input, weight, bias, residual, mean, rstd)
 
     @staticmethod
-    def backward(ctx, dy, _dmean, _drstd):
+    def backward(ctx, dy, *_):
         needs_input, _, _, needs_weight, needs_bias, *_, needs_residual = ctx.needs_input_grad
         needs_parameters = needs_weight or needs_bias
         _, _, activation = ctx.options
@@ -181,7 +180,7 @@ class BatchNorm(torch.autograd.Function):
                 "Use track_running_stats=False, or evaluation mode"
             )
         args = input, running_mean, running_var, weight, bias, training, *args
-        outputs = _batch_norm(*(folded(t, dim, info.batch_size) for t, dim in zip(args, in_dims, strict=True)))
+        outputs = BatchNorm.apply(*(folded(t, dim, info.batch_size) for t, dim in zip(args, in_dims, strict=True)))
         return unfolded(outputs, info.batch_size)
 
 
@@ -199,8 +198,7 @@ class BatchNormBackward(torch.autograd.Function):
         ctx.options = training, eps, activation
         ctx.needed = needs_input, needs_parameters, needs_parameters, needs_residual
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -223,7 +221,7 @@ class BatchNormBackward(torch.autograd.Function):
         return unfolded(gradients, info.batch_size)
 
 
-_batch_norm = differentiable(_forward, BatchNorm)
+_batch_norm = differentiable(_forward, BatchNorm, results=1)
 _batch_norm_backward = differentiable(_backward, BatchNormBackward)
 
 
@@ -270,7 +268,7 @@ def batch_norm(
     if input.dim() == 1:  # empty, or it would have been refused
         return input.clone() if residual is None else input + residual
     training = training or running_mean is None or running_var is None  # in evaluation, of an empty input
-    y, _, _ = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+    (y,) = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
     return y
 
 

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy_reduction
 
-from fused_ops._op import accumulate_dtype, batch_first, below_autograd, define, differentiable, looped
+from fused_ops._op import accumulate_dtype, batch_first, below_autograd, define, differentiable, looped, save
 from fused_ops.ops._logits import (
     as_batch,
     as_rows,
@@ -196,8 +196,7 @@ class CrossEntropy(torch.autograd.Function):
         ctx.dlogits = dlogits if made else None
         ctx.mark_non_differentiable(stats, divisor, dlogits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, stats, divisor)
-        ctx.save_for_forward(logits, target, weight, stats, divisor)
+        save(ctx, logits, target, weight, stats, divisor)
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -225,11 +224,11 @@ class CrossEntropy(torch.autograd.Function):
         *smooth, _ = others
         if in_dims[2] is not None:
             args = logits, target, weight, ignore_index, reduction, *smooth, False
-            return looped(_cross_entropy, info, in_dims, args)
+            return looped(CrossEntropy.apply, info, in_dims, args)
         B = info.batch_size
         logits, target = (batch_first(t, dim, B) for t, dim in zip((logits, target), in_dims, strict=False))
         rows = logits.flatten(0, 1), target.flatten(0, 1)
-        losses, stats, _, dlogits = _cross_entropy(*rows, weight, ignore_index, "none", *smooth, False)
+        losses, stats, _, dlogits = CrossEntropy.apply(*rows, weight, ignore_index, "none", *smooth, False)
         losses = losses.view(B, -1)  # (B, N)
         N = losses.shape[1]
         divisors = mean_weights(rows[1], weight, ignore_index, losses.dtype).view(B, N).sum(1)  # (B)
@@ -247,8 +246,7 @@ class CrossEntropyBackward(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.options, ctx.needs = inputs[6:11], inputs[11:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:6])
-        ctx.save_for_forward(*inputs[:6])
+        save(ctx, *inputs[:6])
 
     @staticmethod
     def backward(ctx, v, u):
@@ -327,7 +325,7 @@ class InplaceCrossEntropy(CrossEntropy):
         raise RuntimeError("cross_entropy(inplace_grad=True) cannot be vmapped: use inplace_grad=False")
 
 
-_cross_entropy = differentiable(forward_op, CrossEntropy)
+_cross_entropy = differentiable(forward_op, CrossEntropy, results=1)
 _cross_entropy_backward = differentiable(_backward_op, CrossEntropyBackward)
 
 
@@ -401,6 +399,6 @@ def cross_entropy(
         loss, *_ = InplaceCrossEntropy.apply(logits.contiguous(), y, weight, *options, False)
     else:
         made = logits.requires_grad and not y.requires_grad and in_forward_pass(reduction, dtype)
-        loss, *_ = _cross_entropy(logits, y, weight, *options, made and not torch.compiler.is_compiling())
+        (loss,) = _cross_entropy(logits, y, weight, *options, made and not torch.compiler.is_compiling())
     loss = in_dtype(loss, dtype)
     return loss.reshape(without_classes(shape)) if reduction == "none" else loss
