@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LIB = torch.library.Library("fused_ops", "DEF")
@@ -47,12 +48,26 @@ def is_autocast_enabled(device):
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def directly(op):
+    """A callable that is `op`, but calls its kernel at once where no argument has a `__torch_function__` to ask first.
+
+    The search for it that PyTorch's own call makes takes as long as a small kernel.
+    """
+    handle = op._handle
+
+    def call(*args):
+        return op(*args) if has_torch_function(args) else torch._C._dispatch_call_boxed(handle, *args)
+
+    return call
+
+
 def below_autograd(op):
     """The `forward` of an op's `autograd.Function`: runs its kernel, where a plain call would come back to autograd."""
+    kernel = directly(op)
 
     def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            return kernel(*args)
 
     return staticmethod(forward)
 

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy_reduction
 
-from fused_ops._op import accumulate_dtype, batch_first, below_autograd, define, differentiable, looped, save
+from fused_ops._op import accumulate_dtype, batch_first, below_autograd, define, differentiable, directly, looped, save
 from fused_ops.ops._logits import (
     as_batch,
     as_rows,
@@ -180,7 +180,7 @@ def cross_entropy_backward_(
 
 
 forward_op, _backward_op = define(cross_entropy_forward), define(cross_entropy_backward)
-_scale_op_ = define(cross_entropy_scale_, mutates_args=("dlogits",))
+_scale_ = directly(define(cross_entropy_scale_, mutates_args=("dlogits",)))
 backward_op_ = define(cross_entropy_backward_, mutates_args=("logits",))
 
 
@@ -206,7 +206,7 @@ class CrossEntropy(torch.autograd.Function):
         saved = ctx.saved_tensors  # raises if somebody has changed the logits
         if ctx.dlogits is not None and not needs[1] and is_final_backward(dloss):
             (dlogits, ctx.dlogits), dtarget = (ctx.dlogits, None), None  # taken by the first backward pass alone
-            _scale_op_(dlogits, dloss, saved[1], ctx.options[0])
+            _scale_(dlogits, dloss, saved[1], ctx.options[0])
         else:
             dlogits, dtarget = _cross_entropy_backward(dloss, *saved, *ctx.options, *needs)
         return dlogits if needs[0] else None, dtarget if needs[1] else None, *(None,) * 7
