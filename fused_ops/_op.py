@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LIB = torch.library.Library("fused_ops", "DEF")
@@ -47,19 +48,42 @@ def is_autocast_enabled(device):
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def directly(op):
+    """A callable that is `op`, but calls its kernel at once where no argument has a `__torch_function__` to ask first.
+
+    The search for it that PyTorch's own call makes takes as long as a small kernel.
+    """
+    handle = op._handle
+
+    def call(*args):
+        return op(*args) if has_torch_function(args) else torch._C._dispatch_call_boxed(handle, *args)
+
+    return call
+
+
 def below_autograd(op):
     """The `forward` of an op's `autograd.Function`: runs its kernel, where a plain call would come back to autograd."""
+    kernel = directly(op)
 
     def forward(*args):
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            return kernel(*args)
 
     return staticmethod(forward)
 
 
-def differentiable(op, function):
+def save(ctx, *tensors):
+    """Keep what `backward` and, where forward mode is on, `jvp` find in `ctx.saved_tensors`."""
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
+
+
+def differentiable(op, function, results=None):
     """A callable that is `op`, differentiated by an `autograd.Function` with `setup_context`, `backward` and `jvp`.
 
+    It returns the first `results` of the op's outputs, a tuple: the others, if any, are for the backward pass. (The
+    function's `vmap` returns them all: it calls the function's own `apply`.)
     It works in every mode: under `torch.func.vmap`, by the function's own `vmap` if it has one, else op by op; and
     under `torch.compile` and `torch.export`, which see one op (but the reference, if they trace a transform of
     `torch.func`). For these the function is the op's autograd kernel, too, so that a direct call of the op, as exported
@@ -68,16 +92,10 @@ def differentiable(op, function):
     the second derivative would silently lack a part.
     """
     function.generate_vmap_rule = function.vmap is torch.autograd.Function.vmap
-    # Function.apply less what it does for torch.func, which takes longer than a small op
-    apply_outside_transforms = super(torch.autograd.Function, function).apply
 
     def apply(*args):
-        interpreters = torch._C._functorch.get_interpreter_stack()
-        if not interpreters:
-            if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-                return apply_outside_transforms(*args)
-            return function.forward(*args)  # nobody differentiates this call: it need not pay for a graph
-        if [i.key() for i in interpreters].count(torch._C._functorch.TransformType.Jvp) > 1:
+        stack = torch._C._functorch.get_interpreter_stack() or ()
+        if [i.key() for i in stack].count(torch._C._functorch.TransformType.Jvp) > 1:
             raise RuntimeError(
                 f"{function.__name__}: forward mode within forward mode is not supported; "
                 "use reverse mode for one of the two, as torch.func.hessian does"
@@ -85,15 +103,41 @@ def differentiable(op, function):
         return function.apply(*args)
 
     LIB.impl(op.name().removeprefix("fused_ops::"), apply, "Autograd")
+    # Function.apply less what it does for torch.func, which takes longer than a small op
+    apply_outside_transforms = super(torch.autograd.Function, _with_results_alone(function, results)).apply
 
     def call(*args):
-        if not torch.compiler.is_compiling():
-            return apply(*args)
-        if torch._C._are_functorch_transforms_active():
-            return REFERENCES[op](*args)  # plain ops, which the compiler can differentiate and batch as it traces
-        return op(*args)
+        if torch.compiler.is_compiling():
+            # a transform's: plain ops, which the compiler can differentiate and batch as it traces
+            outputs = (REFERENCES[op] if torch._C._are_functorch_transforms_active() else op)(*args)
+        elif torch._C._are_functorch_transforms_active():
+            outputs = apply(*args)
+        elif torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return apply_outside_transforms(*args)
+        else:  # nobody differentiates this call: it need not pay for a graph
+            outputs = function.forward(*args)
+        return outputs[:results]
 
     return call
+
+
+def _with_results_alone(function, results):
+    """The function in PyTorch's other style: what only `backward` takes is no output, which autograd would wrap."""
+
+    def forward(ctx, *args):
+        outputs = function.forward(*args)
+        function.setup_context(ctx, args, outputs)
+        return outputs[:results]
+
+    def jvp(ctx, *tangents):
+        return function.jvp(ctx, *tangents)[:results]
+
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": torch.autograd.Function.setup_context,  # that is, forward has a ctx of its own
+        "jvp": staticmethod(jvp),
+    }
+    return type(function.__name__, (function,), members)
 
 
 def batch_first(t, dim, B):

@@ -28,9 +28,9 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         tracks = self.track_running_stats or not self.training
         mean, var = (self.running_mean, self.running_var) if tracks else (None, None)
-        momentum, averages = self.momentum or 0.0, False
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        momentum, averages, batches = self.momentum or 0.0, False, self.num_batches_tracked
+        if self.training and self.track_running_stats and batches is not None:
+            batches.add_(1)
             # without a momentum the running statistics are the plain mean over all batches so far
             averages = self.momentum is None and mean is not None
         if averages:
@@ -48,7 +48,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             residual=residual,
         )
         if averages:
-            share = self.num_batches_tracked.to(mean.dtype).reciprocal()
+            share = batches.to(mean.dtype).reciprocal()
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var, share)
         return y

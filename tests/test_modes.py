@@ -57,6 +57,26 @@ def assert_like_torch(loss, target, **options):
     assert [t.dtype for t in ours] == [t.dtype for t in theirs]
 
 
+class Recording(torch.Tensor):
+    """Keeps the names of what is called with it."""
+
+    called = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.called.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@every_loss
+def test_a_subclass_is_asked_and_returned(loss):
+    """Its `__torch_function__` sees our ops, as it sees PyTorch's."""
+    Recording.called.clear()
+    out = loss(INPUT.as_subclass(Recording), LINEAR_WEIGHT, CLASSES, LINEAR_BIAS)
+    assert type(out) is Recording
+    assert f"fused_ops.{loss.__name__}_forward.default" in Recording.called
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @every_reduction
 @every_target

@@ -101,6 +101,12 @@ std::optional<Tensor> channel_vector(const std::optional<Tensor>& v, int64_t C, 
   return v ? std::optional<Tensor>(channel_vector(*v, C, type, name)) : std::nullopt;
 }
 
+// Through PyTorch's copy_, even of a vector onto itself: it takes any dtype, and tells autograd that there are new
+// values. torch::stable::copy_ looks it up by its name at every call, which takes longer than a small batch.
+void copy_back(const Tensor& v, const Tensor& vector) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(v.get(), vector.get(), /*non_blocking=*/0));
+}
+
 // running ← (1 − momentum)·running + momentum·batch
 template <typename Acc>
 void move(Acc* running, const Acc* batch, Acc momentum, int64_t c_begin, int64_t c_end) {
@@ -171,9 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
         },
         apply);
   });
-  // Through copy_, even of a vector onto itself: it takes any dtype, and tells autograd that there are new values.
-  if (training && N > 0 && running_mean) torch::stable::copy_(*running_mean, *running_mean_c);
-  if (training && N > 0 && running_var) torch::stable::copy_(*running_var, *running_var_c);
+  if (training && N > 0 && running_mean) copy_back(*running_mean, *running_mean_c);
+  if (training && N > 0 && running_var) copy_back(*running_var, *running_var_c);
   return {y, mean_out, rstd_out};
 }
 

@@ -74,20 +74,21 @@ def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoo
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, but got {softcap}")
 
-    if target.shape == shape:  # as in PyTorch, these are probabilities
+    rows, target_shape = without_classes(shape), target.shape
+    if target_shape == shape:  # as in PyTorch, these are probabilities
         if not target.is_floating_point():
             kind = str(target.dtype).removeprefix("torch.").replace("int64", "Long")
             raise RuntimeError(f"Expected floating point type for target with class probabilities, got {kind}")
         if ignore_index >= 0:
             raise RuntimeError("ignore_index is not supported for floating point target")
     else:
-        if len(shape) > 1 and target.dim() > 0 and target.shape[0] != shape[0]:
-            raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target.shape[0]}).")
+        if rows and target_shape and target_shape[0] != rows[0]:
+            raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target_shape[0]}).")
         if target.dtype not in (torch.int64, torch.uint8):
             kind = str(target.dtype).removeprefix("torch.").replace("float32", "Float")
             raise RuntimeError(f"expected target dtype to be Long or Byte, but got {kind}")
-        if tuple(target.shape) != without_classes(shape):
-            raise RuntimeError(f"Expected target size {list(without_classes(shape))}, got {list(target.shape)}")
+        if target_shape != rows:
+            raise RuntimeError(f"Expected target size {list(rows)}, got {list(target_shape)}")
 
     if weight is not None:
         classes = shape[len(shape) > 1]

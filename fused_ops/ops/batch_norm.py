@@ -19,7 +19,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
-from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, save
 from fused_ops.ops._activations import ACTIVATIONS, check_activation
 from fused_ops.ops._channels import all_but_channels, dense, folded, in_layout_of, per_channel, unfolded
 from fused_ops.ops.batch_norm_derivatives import (
@@ -147,11 +147,10 @@ class BatchNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if activation is None:
             bias = residual = None  # only a'(z) would need them
-        ctx.save_for_backward(input, weight, bias, residual, mean, rstd)
-        ctx.save_for_forward(input, weight, bias, residual, mean, rstd)
+        save(ctx, input, weight, bias, residual, mean, rstd)
 
     @staticmethod
-    def backward(ctx, dy, _dmean, _drstd):
+    def backward(ctx, dy, *_):
         needs_input, _, _, needs_weight, needs_bias, *_, needs_residual = ctx.needs_input_grad
         needs_parameters = needs_weight or needs_bias
         _, _, activation = ctx.options
@@ -181,7 +180,7 @@ class BatchNorm(torch.autograd.Function):
                 "Use track_running_stats=False, or evaluation mode"
             )
         args = input, running_mean, running_var, weight, bias, training, *args
-        outputs = _batch_norm(*(folded(t, dim, info.batch_size) for t, dim in zip(args, in_dims, strict=True)))
+        outputs = BatchNorm.apply(*(folded(t, dim, info.batch_size) for t, dim in zip(args, in_dims, strict=True)))
         return unfolded(outputs, info.batch_size)
 
 
@@ -199,8 +198,7 @@ class BatchNormBackward(torch.autograd.Function):
         ctx.options = training, eps, activation
         ctx.needed = needs_input, needs_parameters, needs_parameters, needs_residual
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        save(ctx, *tensors)
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -223,7 +221,7 @@ class BatchNormBackward(torch.autograd.Function):
         return unfolded(gradients, info.batch_size)
 
 
-_batch_norm = differentiable(_forward, BatchNorm)
+_batch_norm = differentiable(_forward, BatchNorm, results=1)
 _batch_norm_backward = differentiable(_backward, BatchNormBackward)
 
 
@@ -270,45 +268,51 @@ def batch_norm(
     if input.dim() == 1:  # empty, or it would have been refused
         return input.clone() if residual is None else input + residual
     training = training or running_mean is None or running_var is None  # in evaluation, of an empty input
-    y, _, _ = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
+    (y,) = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual)
     return y
 
 
 def _check(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual):
-    """Refuse what PyTorch refuses, in its words. Of an empty input it takes even one without channels, (0,)."""
-    if not input.is_floating_point():
-        raise NotImplementedError(f"batch_norm: expected a floating point input, got {input.dtype}")
-    if input.dim() < 2 and input.shape != (0,):
-        raise RuntimeError(f"expected an input of shape (N, C) or (N, C, d1, ...), got {tuple(input.shape)}")
+    """Refuse what PyTorch refuses, in its words. Of an empty input it takes even one without channels, (0,).
+
+    Whatever it asks of a tensor it asks once: at small sizes that takes a good part of the whole time.
+    """
+    shape, dtype = input.shape, input.dtype
+    C = shape[1] if len(shape) > 1 else 0
+    if not dtype.is_floating_point:
+        raise NotImplementedError(f"batch_norm: expected a floating point input, got {dtype}")
+    if len(shape) < 2 and shape != (0,):
+        raise RuntimeError(f"expected an input of shape (N, C) or (N, C, d1, ...), got {tuple(shape)}")
     if momentum is None:
         raise TypeError("batch_norm: momentum must be a float, not None")
     check_activation(activation)
-    if residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype):
+    if residual is not None and (residual.shape, residual.dtype) != (shape, dtype):
         raise RuntimeError(
-            f"residual should have the shape and dtype of the input, {tuple(input.shape)} and {input.dtype}, "
+            f"residual should have the shape and dtype of the input, {tuple(shape)} and {dtype}, "
             f"but got {tuple(residual.shape)} and {residual.dtype}"
         )
     if training:
         if (running_mean is None) != (running_var is None):
             raise ValueError("running_mean and running_var must either both be None or neither be None")
-        if math.prod(input.shape[:1] + input.shape[2:]) == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        if input.numel() == C and math.prod(shape[:1] + shape[2:]) == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         if eps <= 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     elif eps < 0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    C = input.shape[1] if input.dim() > 1 else 0
-    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    dtypes = (input.dtype, accumulate_dtype(input.dtype))
-    for name, v in vectors.items():
+    elif (running_mean is None or running_var is None) and input.numel() > 0:
+        raise RuntimeError(
+            f"{'running_mean' if running_mean is None else 'running_var'} must be defined in evaluation mode"
+        )
+    dtypes = (dtype, accumulate_dtype(dtype))
+    vectors = ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
+    for name, v in vectors:
         if v is None:
-            if not training and name.startswith("running") and input.numel() > 0:
-                raise RuntimeError(f"{name} must be defined in evaluation mode")
             continue
         if v.shape != (C,):
             raise RuntimeError(f"{name} should contain {C} elements not {v.numel()}")
         if v.dtype not in dtypes:
             raise RuntimeError(f"{name}: expected scalar type {dtypes[0]} but found {v.dtype}")
         dtypes = (v.dtype,)  # of all that follow, too
-        if name.startswith("running") and v.requires_grad and torch.is_grad_enabled():
+        if v.requires_grad and name.startswith("running") and torch.is_grad_enabled():
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy_reduction
 
-from fused_ops._op import accumulate_dtype, batch_first, below_autograd, define, differentiable, looped
+from fused_ops._op import accumulate_dtype, batch_first, below_autograd, define, differentiable, directly, looped, save
 from fused_ops.ops._logits import (
     as_batch,
     as_rows,
@@ -180,7 +180,7 @@ def cross_entropy_backward_(
 
 
 forward_op, _backward_op = define(cross_entropy_forward), define(cross_entropy_backward)
-_scale_op_ = define(cross_entropy_scale_, mutates_args=("dlogits",))
+_scale_ = directly(define(cross_entropy_scale_, mutates_args=("dlogits",)))
 backward_op_ = define(cross_entropy_backward_, mutates_args=("logits",))
 
 
@@ -196,8 +196,7 @@ class CrossEntropy(torch.autograd.Function):
         ctx.dlogits = dlogits if made else None
         ctx.mark_non_differentiable(stats, divisor, dlogits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, weight, stats, divisor)
-        ctx.save_for_forward(logits, target, weight, stats, divisor)
+        save(ctx, logits, target, weight, stats, divisor)
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -207,7 +206,7 @@ class CrossEntropy(torch.autograd.Function):
         saved = ctx.saved_tensors  # raises if somebody has changed the logits
         if ctx.dlogits is not None and not needs[1] and is_final_backward(dloss):
             (dlogits, ctx.dlogits), dtarget = (ctx.dlogits, None), None  # taken by the first backward pass alone
-            _scale_op_(dlogits, dloss, saved[1], ctx.options[0])
+            _scale_(dlogits, dloss, saved[1], ctx.options[0])
         else:
             dlogits, dtarget = _cross_entropy_backward(dloss, *saved, *ctx.options, *needs)
         return dlogits if needs[0] else None, dtarget if needs[1] else None, *(None,) * 7
@@ -225,11 +224,11 @@ class CrossEntropy(torch.autograd.Function):
         *smooth, _ = others
         if in_dims[2] is not None:
             args = logits, target, weight, ignore_index, reduction, *smooth, False
-            return looped(_cross_entropy, info, in_dims, args)
+            return looped(CrossEntropy.apply, info, in_dims, args)
         B = info.batch_size
         logits, target = (batch_first(t, dim, B) for t, dim in zip((logits, target), in_dims, strict=False))
         rows = logits.flatten(0, 1), target.flatten(0, 1)
-        losses, stats, _, dlogits = _cross_entropy(*rows, weight, ignore_index, "none", *smooth, False)
+        losses, stats, _, dlogits = CrossEntropy.apply(*rows, weight, ignore_index, "none", *smooth, False)
         losses = losses.view(B, -1)  # (B, N)
         N = losses.shape[1]
         divisors = mean_weights(rows[1], weight, ignore_index, losses.dtype).view(B, N).sum(1)  # (B)
@@ -247,8 +246,7 @@ class CrossEntropyBackward(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.options, ctx.needs = inputs[6:11], inputs[11:]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:6])
-        ctx.save_for_forward(*inputs[:6])
+        save(ctx, *inputs[:6])
 
     @staticmethod
     def backward(ctx, v, u):
@@ -327,7 +325,7 @@ class InplaceCrossEntropy(CrossEntropy):
         raise RuntimeError("cross_entropy(inplace_grad=True) cannot be vmapped: use inplace_grad=False")
 
 
-_cross_entropy = differentiable(forward_op, CrossEntropy)
+_cross_entropy = differentiable(forward_op, CrossEntropy, results=1)
 _cross_entropy_backward = differentiable(_backward_op, CrossEntropyBackward)
 
 
@@ -381,14 +379,15 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction.legacy_get_string(size_average, reduce)
-    if input.dim() == 0 or not input.is_floating_point():
+    shape, dtype = input.shape, input.dtype
+    if not shape or not dtype.is_floating_point:
         raise RuntimeError(
             f"expected floating point logits of shape (C,), (N, C) or (N, C, d1, ...), "
-            f"got {input.dtype} of shape {tuple(input.shape)}"
+            f"got {dtype} of shape {tuple(shape)}"
         )
-    check_loss(input.shape, input.dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
+    check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
-    logits, dtype = as_batch(input), input.dtype  # (N, C) or (N, C, D)
+    logits = as_batch(input)  # (N, C) or (N, C, D)
     if target.is_floating_point():
         y = as_rows(target) if logits.dim() == 2 else target.flatten(2)  # as logits
         dtype = torch.promote_types(dtype, target.dtype)
@@ -400,6 +399,6 @@ def cross_entropy(
         loss, *_ = InplaceCrossEntropy.apply(logits.contiguous(), y, weight, *options, False)
     else:
         made = logits.requires_grad and not y.requires_grad and in_forward_pass(reduction, dtype)
-        loss, *_ = _cross_entropy(logits, y, weight, *options, made and not torch.compiler.is_compiling())
+        (loss,) = _cross_entropy(logits, y, weight, *options, made and not torch.compiler.is_compiling())
     loss = in_dtype(loss, dtype)
-    return loss.reshape(without_classes(input.shape)) if reduction == "none" else loss
+    return loss.reshape(without_classes(shape)) if reduction == "none" else loss

@@ -25,7 +25,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, is_autocast_enabled, looped
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, is_autocast_enabled, looped, save
 from fused_ops.ops import cross_entropy as ce
 from fused_ops.ops._logits import as_rows, check_loss, in_dtype, in_forward_pass, is_final_backward, without_classes
 from fused_ops.ops.cross_entropy_derivatives import mean_weights, reduced, row_gradient
@@ -170,8 +170,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.gradients = gradients
         ctx.mark_non_differentiable(divisor, *gradients)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, divisor)
-        ctx.save_for_forward(*tensors, divisor)
+        save(ctx, *tensors, divisor)
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -195,7 +194,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return looped(_linear_cross_entropy, info, in_dims, args)
+        return looped(LinearCrossEntropy.apply, info, in_dims, args)
 
 
 class LinearCrossEntropyBackward(torch.autograd.Function):
@@ -207,8 +206,7 @@ class LinearCrossEntropyBackward(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.options, ctx.needs = inputs[7:14], inputs[14]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:7])
-        ctx.save_for_forward(*inputs[:7])
+        save(ctx, *inputs[:7])
 
     @staticmethod
     def backward(ctx, *v):
@@ -238,7 +236,7 @@ class LinearCrossEntropyBackward(torch.autograd.Function):
         return looped(_linear_cross_entropy_backward, info, in_dims, args)
 
 
-_linear_cross_entropy = differentiable(_forward, LinearCrossEntropy)
+_linear_cross_entropy = differentiable(_forward, LinearCrossEntropy, results=1)
 _linear_cross_entropy_backward = differentiable(_backward, LinearCrossEntropyBackward)
 
 
@@ -299,7 +297,7 @@ def linear_cross_entropy(
     now = in_forward_pass(reduction, x.dtype)
     needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
     settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or max(128, H // 2)
-    loss, *_ = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
+    (loss,) = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
     loss = in_dtype(loss, torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype)
     return loss.reshape(without_classes(shape)) if reduction == "none" else loss
 

@@ -31,6 +31,7 @@ from fused_ops._op import (
     differentiable,
     is_autocast_enabled,
     looped,
+    save,
 )
 
 
@@ -169,11 +170,10 @@ class MLP(torch.autograd.Function):
         ctx.mark_non_differentiable(gradients)
         ctx.set_materialize_grads(False)
         statistics = (None, None) if training else (running_mean, running_var)  # what the loss depends on
-        ctx.save_for_backward(*tensors, *statistics)
-        ctx.save_for_forward(*tensors, *statistics)
+        save(ctx, *tensors, *statistics)
 
     @staticmethod
-    def backward(ctx, dloss, _dgradients):
+    def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 15
         if ctx.gradients is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
@@ -198,7 +198,7 @@ class MLP(torch.autograd.Function):
         *_, running_mean, _, training, _, _, _ = args
         if training and running_mean is not None:
             raise RuntimeError("mlp under vmap cannot move running statistics: a batch of batches has no one mean")
-        return looped(_mlp, info, in_dims, args)
+        return looped(MLP.apply, info, in_dims, args)
 
 
 def _gradients(ctx):
@@ -207,7 +207,7 @@ def _gradients(ctx):
     return gradients
 
 
-_mlp = differentiable(_op, MLP)
+_mlp = differentiable(_op, MLP, results=1)
 
 
 def mlp(
@@ -266,9 +266,9 @@ def mlp(
     arguments = input, target, *parameters, running_mean, running_var, training, momentum, eps, needs_gradients
     if is_autocast_enabled(input.device):
         with torch.autocast(input.device.type, enabled=False):
-            loss, _ = _mlp(*arguments)
+            (loss,) = _mlp(*arguments)
     else:
-        loss, _ = _mlp(*arguments)
+        (loss,) = _mlp(*arguments)
     return loss.to(embedding_weight.dtype)
 
 
