@@ -13,7 +13,8 @@
 namespace fused_ops {
 namespace {
 
-constexpr int64_t kLongRow = 128;  // so many classes are worth the merging of lanes
+constexpr int64_t kLongRow = 128;      // so many classes are worth the merging of lanes
+constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many elements stay in the L1 cache
 
 // The class indices and their weights.
 template <typename Acc>
@@ -66,8 +67,8 @@ void scatter(const Rows& rows, int64_t r, int64_t count, const T* side_by_side, 
   }
 }
 
-// Calls f(block, its first row, its elements, a buffer for its steps) until all rows are done. A block is a long row,
-// or rows that lie side by side, or that are gathered to do so.
+// Calls f(block, its first row, its elements, a buffer for its steps) until all rows are done. A block is a few long
+// rows, or rows that lie side by side, or that are gathered to do so.
 template <typename T, typename F>
 void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
   using Acc = accumulate_t<T>;
@@ -75,7 +76,10 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
   const bool long_rows = D == 1 && C >= kLongRow, gathered = !long_rows && D < kLanes;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t tasks = std::clamp<int64_t>(ceil_div(R * C, kElementsPerTask), 1, threads);
-  const int64_t buffer_size = kLanes * (long_rows ? ceil_div(C, kLanes) : C);
+  const int64_t steps = long_rows ? ceil_div(C, kLanes) : C;
+  const int64_t long_rows_at_once =
+      std::clamp<int64_t>(kBufferSize / (std::max<int64_t>(1, steps) * kLanes), 1, kLanes);
+  const int64_t buffer_size = kLanes * steps * (long_rows ? long_rows_at_once : 1);
   const int64_t gathered_size = gathered ? kLanes * C : 0;
   const std::unique_ptr<Acc[]> buffers(new Acc[tasks * buffer_size]);
   const std::unique_ptr<T[]> gatherings(new T[tasks * 4 * gathered_size]);
@@ -89,7 +93,7 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
       const int64_t end = R * (task + 1) / tasks;
       for (int64_t r = R * task / tasks, count; r < end; r += count) {
         if (long_rows) {
-          count = 1;
+          count = std::min(long_rows_at_once, end - r);
           f(Block<false>{C, count, D}, r, all.from(rows.start(r)), buffer);
         } else if (gathered) {
           count = std::min(kLanes, end - r);
@@ -170,12 +174,9 @@ struct BlockLoss {
   // The gradients of rows from r on, where not null, from what is in `row`.
   template <typename B>
   void backward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row, Acc* buffer) const {
-    block.share(row.m);
     if constexpr (Targets::kProbabilities) {
       const auto t = targets_of(at);
       sum_targets(block, t, row.t_sum);
-      block.share(row.log_z);
-      block.share(row.g);
       if (at.dy) target_gradient<T>(at.x, block, cap, t, row.m, row.log_z, row.g, at.dy);
     }
     if (!at.dx) return;
@@ -210,9 +211,6 @@ struct BlockLoss {
       }
       factors.a[i] *= g * A;
     }
-    block.share(factors.a);
-    block.share(factors.g_t);
-    block.share(factors.g_y);
     block_gradient<T>(at.x, block, cap, e, targets_of(at), factors, at.dx);
     for (int64_t i = 0; i < block.rows; ++i)
       for (int64_t c = 0; classes.ignored(r + i) && c < block.C; ++c) at.dx[block.place(i, c)] = T(0);

@@ -16,52 +16,79 @@ namespace fused_ops {
 
 constexpr int64_t kLanes = 64;
 
-// A value for each lane.
+// A value for each lane, or for each row of a block, of which there are at most as many.
 template <typename Acc>
 using Lanes = Acc[kLanes];
 
+// Rows that are worked on together. They are groups: rows side by side, of which each has a lane, are one; of rows that
+// lie one after another each is one, spread over the lanes.
 template <bool kSideBySide_>
 struct Block {
   static constexpr bool kSideBySide = kSideBySide_;
   int64_t C, rows, D;  // D is how far apart the classes of a row lie
 
+  int64_t groups() const { return kSideBySide ? 1 : rows; }
   int64_t steps() const { return kSideBySide ? C : ceil_div(C, kLanes); }
   int64_t step() const { return kSideBySide ? D : kLanes; }
   int64_t lanes(int64_t k) const { return kSideBySide ? rows : std::min(kLanes, C - k * kLanes); }
   int64_t class_of(int64_t k, int64_t p) const { return kSideBySide ? k : k * kLanes + p; }
-  int64_t place(int64_t row, int64_t c) const { return kSideBySide ? c * D + row : c; }  // in memory
-
-  // The sum of a row that is spread over the lanes, by halves, in lane 0.
-  template <typename Acc>
-  void merge(Lanes<Acc>& sums) const {
-    if constexpr (!kSideBySide)
-      for (int64_t half = kLanes / 2; half > 0; half /= 2)
-#pragma omp simd
-        for (int64_t p = 0; p < half; ++p) sums[p] += sums[p + half];
-  }
-
-  // What the row in lane 0 has, in every lane that it is spread over.
-  template <typename Acc>
-  void share(Lanes<Acc>& values) const {
-    if constexpr (!kSideBySide) std::fill(values + 1, values + kLanes, values[0]);
-  }
+  int64_t place(int64_t row, int64_t c) const { return kSideBySide ? c * D + row : row * C + c; }  // in memory
+  int64_t start(int64_t group) const { return group * C; }                                         // in memory
+  int64_t first_step(int64_t group) const { return group * steps() * kLanes; }                     // in a buffer
 };
 
-// f(p) for every lane, mostly a constant number.
+// What every lane has of a value of the rows; of a row that is spread over the lanes all have the same, in a register.
+template <typename B, typename Acc>
+struct OfGroup {
+  const Acc* of_rows;
+  Acc of_row;
+
+  OfGroup(B, const Acc* of_rows_, int64_t group) : of_rows(of_rows_), of_row(of_rows_[B::kSideBySide ? 0 : group]) {}
+
+  Acc operator[](int64_t p) const { return B::kSideBySide ? of_rows[p] : of_row; }
+};
+
+// f(p) for kWidth lanes, if so many are left, and then for half as many: vectors to the last lane, or nearly.
+template <int64_t kWidth, typename F>
+inline void for_lanes_left(int64_t first, int64_t lanes, const F& f) {
+  if (lanes & kWidth) {
+#pragma omp simd
+    for (int64_t p = 0; p < kWidth; ++p) f(first + p);
+  }
+  if constexpr (kWidth > 1) for_lanes_left<kWidth / 2>(first + (lanes & kWidth), lanes, f);
+}
+
+// f(p) for every lane, mostly kLanes.
 template <typename F>
 inline void for_lanes(int64_t lanes, const F& f) {
-  if (lanes == kLanes) {
-#pragma omp simd
-    for (int64_t p = 0; p < kLanes; ++p) f(p);
-  } else {
-#pragma omp simd
-    for (int64_t p = 0; p < lanes; ++p) f(p);
-  }
+  if (lanes == kLanes)
+    for_lanes_left<kLanes>(0, kLanes, f);
+  else
+    for_lanes_left<kLanes / 2>(0, lanes, f);
 }
 
 template <typename Acc>
 inline Acc larger(Acc a, Acc b) {
   return a < b ? b : a;  // passes over a NaN in b
+}
+
+// merged(a, b) of all lanes, by halves.
+template <int64_t kWidth = kLanes, typename Acc, typename F>
+inline Acc merge_lanes(Lanes<Acc>& lanes, const F& merged) {
+  if constexpr (kWidth == 1) return lanes[0];
+  constexpr int64_t kHalf = kWidth / 2;
+#pragma omp simd
+  for (int64_t p = 0; p < kHalf; ++p) lanes[p] = merged(lanes[p], lanes[p + kHalf]);
+  return merge_lanes<kHalf>(lanes, merged);
+}
+
+// The sums of a group's lanes, to those of the rows.
+template <typename B, typename Acc>
+inline void add_up(B, int64_t group, Lanes<Acc>& of_lanes, Lanes<Acc>& of_rows) {
+  if constexpr (B::kSideBySide)
+    std::copy(of_lanes, of_lanes + kLanes, of_rows);
+  else
+    of_rows[group] = merge_lanes(of_lanes, [](Acc a, Acc b) { return a + b; });
 }
 
 // s_c of every row, in steps, and m = max s of every row. What a step has no element for is −inf.
@@ -79,15 +106,20 @@ FUSED_OPS_VECTORIZED void widen_block(const T* x, B block, Cap cap, Acc* s, Lane
       std::fill(s + block.rows, s + kLanes, least);
     }
   } else {
-    Acc largest = least;  // in registers, where in lanes each step would wait for the one before
-#pragma omp simd reduction(max : largest)
-    for (int64_t c = 0; c < block.C; ++c) {
-      const Acc s_c = cap(widen(x[c]));
-      s[c] = s_c;
-      largest = larger(largest, s_c);
+    for (int64_t row = 0; row < block.rows; ++row, x += block.C, s += block.steps() * kLanes) {
+      Lanes<Acc> largest;
+      std::fill(largest, largest + kLanes, least);
+      for (int64_t k = 0; k < block.steps(); ++k) {
+        const int64_t c = std::min(k * kLanes, block.C - kLanes);  // the last step does some classes a second time
+        for_lanes(kLanes, [&](int64_t p) {
+          const Acc s_c = cap(widen(x[c + p]));
+          s[c + p] = s_c;
+          largest[p] = larger(largest[p], s_c);
+        });
+      }
+      std::fill(s + block.C, s + block.steps() * kLanes, least);
+      m[row] = merge_lanes(largest, larger<Acc>);
     }
-    std::fill(s + block.C, s + block.steps() * kLanes, least);
-    std::fill(m, m + kLanes, largest);
   }
 }
 
@@ -96,40 +128,50 @@ FUSED_OPS_VECTORIZED void widen_block(const T* x, B block, Cap cap, Acc* s, Lane
 template <typename T, typename B, typename Acc>
 FUSED_OPS_VECTORIZED void exponentiate(const T* x, B block, const Lanes<Acc>& m, Acc* s, Lanes<Acc>& z) {
   constexpr int64_t kCacheLine = 64 / sizeof(T);
-  const T* next = x + (B::kSideBySide ? kLanes : block.C);
-  const Acc m_0 = m[0];
-  Lanes<Acc> sums = {};  // not z itself: for all the compiler knows, it could lie where s does, and not in registers
-  for (int64_t k = 0; k < block.steps(); ++k, s += kLanes, next += block.step()) {
-    for (int64_t i = 0; i < kLanes; i += kCacheLine) __builtin_prefetch(next + i);
-    for_lanes(kLanes, [&](int64_t p) {
-      s[p] = exp_of_softmax(s[p] - (B::kSideBySide ? m[p] : m_0));
-      sums[p] += s[p];
-    });
+  const T* next_block = x + (B::kSideBySide ? kLanes : block.rows * block.C);
+  for (int64_t group = 0; group < block.groups(); ++group) {
+    const T* next = next_block + block.start(group);
+    const OfGroup m_of(block, m, group);
+    Lanes<Acc> sums = {};
+    for (int64_t k = 0; k < block.steps(); ++k, s += kLanes, next += block.step()) {
+      for (int64_t i = 0; i < kLanes; i += kCacheLine) __builtin_prefetch(next + i);
+      for_lanes(kLanes, [&](int64_t p) {
+        s[p] = exp_of_softmax(s[p] - m_of[p]);
+        sums[p] += s[p];
+      });
+    }
+    add_up(block, group, sums, z);
   }
-  block.merge(sums);
-  std::copy(sums, sums + kLanes, z);
 }
 
 // Σ t of every row.
 template <typename B, typename Targets, typename Acc>
-FUSED_OPS_VECTORIZED void sum_targets(B block, Targets t, Lanes<Acc>& t_sum) {
-  std::fill(t_sum, t_sum + kLanes, Acc(0));
-  for (int64_t k = 0; k < block.steps(); ++k) {
-    const int64_t lanes = block.lanes(k), first = k * block.step();
-    for_lanes(lanes, [&](int64_t p) { t_sum[p] += t(block.class_of(k, p), first + p); });
+FUSED_OPS_VECTORIZED void sum_targets(B block, Targets targets, Lanes<Acc>& t_sum) {
+  for (int64_t group = 0; group < block.groups(); ++group) {
+    const auto t = targets.row(block.start(group));
+    Lanes<Acc> sums = {};
+    for (int64_t k = 0; k < block.steps(); ++k) {
+      const int64_t first = k * block.step();
+      for_lanes(block.lanes(k), [&](int64_t p) { sums[p] += t(block.class_of(k, p), first + p); });
+    }
+    add_up(block, group, sums, t_sum);
   }
-  block.merge(t_sum);
 }
 
 // Σ t·(m − s) of every row.
 template <typename B, typename Targets, typename Acc>
-FUSED_OPS_VECTORIZED void sum_distances(B block, const Acc* s, Targets t, const Lanes<Acc>& m, Lanes<Acc>& distance) {
-  std::fill(distance, distance + kLanes, Acc(0));
-  for (int64_t k = 0; k < block.steps(); ++k, s += kLanes) {
-    const int64_t lanes = block.lanes(k), first = k * block.step();
-    for_lanes(lanes, [&](int64_t p) { distance[p] += t(block.class_of(k, p), first + p) * (m[p] - s[p]); });
+FUSED_OPS_VECTORIZED void sum_distances(B block, const Acc* s, Targets targets, const Lanes<Acc>& m,
+                                        Lanes<Acc>& distance) {
+  for (int64_t group = 0; group < block.groups(); ++group) {
+    const auto t = targets.row(block.start(group));
+    const OfGroup m_of(block, m, group);
+    Lanes<Acc> sums = {};
+    for (int64_t k = 0; k < block.steps(); ++k, s += kLanes) {
+      const int64_t first = k * block.step();
+      for_lanes(block.lanes(k), [&](int64_t p) { sums[p] += t(block.class_of(k, p), first + p) * (m_of[p] - s[p]); });
+    }
+    add_up(block, group, sums, distance);
   }
-  block.merge(distance);
 }
 
 // What a row's gradient is made of: dx_c = (a·exp(s_c − m) − g_t·t_c − [c = y]·g_y)·k_c, where a = gA/z.
@@ -139,40 +181,56 @@ struct Factors {
   Lanes<int32_t> y;
 };
 
-// exp(s_c − m) in steps, as the forward pass has them, and as they are found again; the same to the last bit.
+// exp(s_c − m) of a group in steps, as the forward pass has them, and as they are found again; the same to the last
+// bit.
 template <typename Acc>
 struct Exponentials {
   const Acc* e;
 
-  Acc operator()(int64_t step, int64_t p, Acc) const { return e[step + p]; }
+  template <typename B>
+  auto of(B block, int64_t group) const {
+    const Acc* of_group = e + block.first_step(group);
+    return [=](int64_t step, int64_t p, Acc) { return of_group[step + p]; };
+  }
 };
 
 template <typename Acc>
 struct ExponentialsAgain {
   const Acc* m;
 
-  Acc operator()(int64_t, int64_t p, Acc s) const { return exp_of_softmax(s - m[p]); }
+  template <typename B>
+  auto of(B block, int64_t group) const {
+    const OfGroup m_of(block, m, group);
+    return [=](int64_t, int64_t p, Acc s) { return exp_of_softmax(s - m_of[p]); };
+  }
 };
 
 // dx of every row. It may lie where x does.
 template <typename T, typename B, typename Cap, typename E, typename Targets, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void block_gradient(const T* x, B block, Cap cap, E e, Targets t, const Factors<Acc>& f, T* dx) {
-  const auto gradient = [&](int64_t k, int64_t p, bool is_class) {
-    const int64_t place = k * block.step() + p;
-    const Acc s = cap(widen(x[place]));
-    Acc q = f.a[p] * e(k * kLanes, p, s);
-    if constexpr (Targets::kDense) q -= f.g_t[p] * t(block.class_of(k, p), place);
-    if constexpr (!Targets::kProbabilities) q -= is_class ? f.g_y[p] : 0;
-    return narrow<T>(q * cap.slope(s));
-  };
-  constexpr bool kOneClass =
-      !B::kSideBySide && !Targets::kProbabilities;  // quicker put right than asked for in each lane
-  const T dx_y = kOneClass ? gradient(f.y[0] / kLanes, f.y[0] % kLanes, true) : T(0);
-  for (int64_t k = 0; k < block.steps(); ++k) {
-    T* dx_k = dx + k * block.step();
-    for_lanes(block.lanes(k), [&](int64_t p) { dx_k[p] = gradient(k, p, B::kSideBySide && f.y[p] == k); });
+FUSED_OPS_VECTORIZED void block_gradient(const T* x, B block, Cap cap, E exponentials, Targets targets,
+                                         const Factors<Acc>& f, T* dx) {
+  for (int64_t group = 0; group < block.groups(); ++group, x += block.C, dx += block.C) {
+    const OfGroup a(block, f.a, group), g_t(block, f.g_t, group), g_y(block, f.g_y, group);
+    const OfGroup y(block, f.y, group);
+    const auto e = exponentials.of(block, group);
+    const auto t = targets.row(block.start(group));
+    const auto gradient = [&](int64_t k, int64_t p, bool is_class) {
+      const int64_t place = k * block.step() + p;
+      const Acc s = cap(widen(x[place]));
+      Acc q = a[p] * e(k * kLanes, p, s);
+      if constexpr (Targets::kDense) q -= g_t[p] * t(block.class_of(k, p), place);
+      if constexpr (!Targets::kProbabilities) q -= is_class ? g_y[p] : 0;
+      return narrow<T>(q * cap.slope(s));
+    };
+    constexpr bool kOneClass =
+        !B::kSideBySide && !Targets::kProbabilities;  // quicker put right than asked for in each lane
+    const T dx_y = kOneClass ? gradient(y[0] / kLanes, y[0] % kLanes, true) : T(0);
+    for (int64_t k = 0; k < block.steps(); ++k) {
+      T* dx_k = dx + k * block.step();
+      for_lanes(block.lanes(k), [&](int64_t p) { dx_k[p] = gradient(k, p, B::kSideBySide && y[p] == k); });
+    }
+    if constexpr (kOneClass) dx[y[0]] = dx_y;
   }
-  if constexpr (kOneClass) dx[f.y[0]] = dx_y;
 }
 
 // log z of every row, and 1/z from it.
@@ -188,14 +246,17 @@ FUSED_OPS_VECTORIZED void inverse_sums(B block, const Lanes<Acc>& log_z, Lanes<A
 
 // dy_c = g·dt/dy·(lse − s_c) of every row.
 template <typename T, typename B, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void target_gradient(const T* x, B block, Cap cap, Targets t, const Acc* m, const Acc* log_z,
-                                          const Acc* g, T* dy) {
-  for (int64_t k = 0; k < block.steps(); ++k) {
-    const int64_t lanes = block.lanes(k), first = k * block.step();
-    for_lanes(lanes, [&](int64_t p) {
-      const Acc neg_logp = log_z[p] - (cap(widen(x[first + p])) - m[p]);
-      dy[first + p] = narrow<T>(g[p] * t.slope(block.class_of(k, p)) * neg_logp);
-    });
+FUSED_OPS_VECTORIZED void target_gradient(const T* x, B block, Cap cap, Targets t, const Lanes<Acc>& m,
+                                          const Lanes<Acc>& log_z, const Lanes<Acc>& g, T* dy) {
+  for (int64_t group = 0; group < block.groups(); ++group, x += block.C, dy += block.C) {
+    const OfGroup m_of(block, m, group), log_z_of(block, log_z, group), g_of(block, g, group);
+    for (int64_t k = 0; k < block.steps(); ++k) {
+      const int64_t first = k * block.step();
+      for_lanes(block.lanes(k), [&](int64_t p) {
+        const Acc neg_logp = log_z_of[p] - (cap(widen(x[first + p])) - m_of[p]);
+        dy[first + p] = narrow<T>(g_of[p] * t.slope(block.class_of(k, p)) * neg_logp);
+      });
+    }
   }
 }
 
