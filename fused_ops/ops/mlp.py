@@ -266,8 +266,8 @@ def mlp(
         The loss, in nats: (), of the dtype of the parameters.
 
     Raises:
-        IndexError: an index out of range (RuntimeError or IndexError where the reference runs; on CUDA the device stops,
-            as in PyTorch).
+        IndexError: an index out of range (RuntimeError or IndexError where the reference runs). On CUDA the device
+            stops, as with PyTorch's own ops.
         ValueError: no example, or one in training, one running statistic without the other or none in evaluation.
         RuntimeError: shapes or dtypes that don't fit together.
 
@@ -317,7 +317,8 @@ def mlp_sgd_steps(
 
     Each step takes a minibatch, forward, backward and p ← p − lr·dp, as `torch.optim.SGD` does. On CPU other threads of
     Python run meanwhile. On CUDA all steps are one kernel, if the network fits (see `mlp`), and the call does not wait
-    for it. The parameters and running statistics are moved in place; autograd sees none of it.
+    for it. The parameters and running statistics are moved in place; autograd sees none of it. Those of 16 bits are
+    rounded once, at the end, but by the reference at every step.
 
     Args:
         input, target, ..., running_var: as in `mlp`; all examples to draw from, input (M, T) and target (M,).
