@@ -154,6 +154,22 @@ def test_networks_of_every_size(hidden):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@NEEDS_CUDA
+def test_sgd_steps_in_a_cuda_graph():
+    """Nothing is read back to the host: a call can be recorded, and a replay goes on from where the last one ended."""
+    _, (name, args) = calls_of_both_ops(network(device="cuda"), *examples(20, "cuda"))
+    op = getattr(torch.ops.fused_ops, name).default
+    expected = copies(args)
+    losses = [op(*expected) for _ in range(2)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = op(*args)
+    for of_call in losses:
+        graph.replay()
+        torch.testing.assert_close(recorded, of_call, rtol=0, atol=0)
+    torch.testing.assert_close(args, expected, rtol=0, atol=0)
+
+
 def test_sgd_steps_let_other_threads_run():
     """Another thread of Python goes on counting while a call is under way: the call does not hold Python's lock."""
     net, (X, Y) = nn.MLP(V, E, T, 400), examples(50)
