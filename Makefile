@@ -6,6 +6,7 @@
 # make bench        measure speed and memory beside PyTorch's           make bench ARGS="--only batch_norm --quick"
 # make lint         check the code's style
 # make docs         collect the docstrings that derive the gradients into docs/derivations.md
+# make cuda-report  compile the CUDA kernels and write what they take to docs/cuda.md
 # make clean        remove what these made
 #
 # FUSED_OPS_BUILD=0 before any of them leaves the kernels out: every op runs its PyTorch reference.
@@ -21,7 +22,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed-$(if $(filter 0,$(FUSED_OPS_BUILD)),references,kernels)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: train test test-cuda sanitize card memory bench lint docs clean
+.PHONY: train test test-cuda sanitize card memory bench lint docs cuda-report clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -56,6 +57,9 @@ lint: $(VENV)/linters
 
 docs:
 	$(PYTHON) docs/make_derivations.py
+
+cuda-report: $(INSTALLED)
+	$(VENV)/bin/python docs/cuda_report.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info fused_ops/*.so

@@ -64,8 +64,9 @@ def extensions():
         yield cuda_extension(toolkit)
 
 
-setup(
-    ext_modules=list(extensions()),
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":  # docs/cuda_report.py imports the flags
+    setup(
+        ext_modules=list(extensions()),
+        cmdclass={"build_ext": cpp_extension.BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -7,6 +7,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 F64 = torch.float64
 FLOATS = (torch.float32, F64, torch.bfloat16, torch.float16)
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 
 
 def with_dtypes(params, supported):

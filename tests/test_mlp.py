@@ -6,28 +6,30 @@ import time
 
 import pytest
 import torch
+from checks import NEEDS_CUDA, copies, every_device
 from samples import torch_mlp
 
 import fused_ops
 import fused_ops.functional as F
 from fused_ops import ladder, nn, steps
+from fused_ops._op import REFERENCES
 
 V, E, T, H = 7, 3, 2, 12
 PARAMETERS = ("embedding_weight", "weight1", "bias1", "norm_weight", "norm_bias", "weight2", "bias2")
 
 
-def network(dtype=torch.float32):
+def network(dtype=torch.float32, device="cpu", hidden=H):
     torch.manual_seed(1)
-    net = nn.MLP(V, E, T, H, dtype=dtype)
+    net = nn.MLP(V, E, T, hidden, dtype=dtype)
     with torch.no_grad():
         net.norm.weight.uniform_(0.5, 1.5)
         net.norm.bias.uniform_(-1, 1)
-    return net
+    return net.to(device)
 
 
-def examples(count, generator=None):
-    generator = generator or torch.Generator().manual_seed(2)
-    return torch.randint(V, (count, T), generator=generator), torch.randint(V, (count,), generator=generator)
+def examples(count, device="cpu"):
+    generator = torch.Generator().manual_seed(2)
+    return tuple(torch.randint(V, size, generator=generator).to(device) for size in ((count, T), (count,)))
 
 
 def tensors_of(net):
@@ -44,7 +46,7 @@ def train_by_torch(net, X, Y, lr, steps, batch_size, seed):
     tensors, losses = tensors_of(net), []
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
     for _ in range(steps):
-        ix = torch.randint(len(X), (batch_size,), generator=generator)
+        ix = torch.randint(len(X), (batch_size,), generator=generator).to(X.device)
         loss = torch_mlp(X[ix], Y[ix], *tensors, training=True)
         optimizer.zero_grad()
         loss.backward()
@@ -56,10 +58,11 @@ def train_by_torch(net, X, Y, lr, steps, batch_size, seed):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
+@every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_sgd_steps_are_those_of_torch(dtype):
-    ours, theirs = network(dtype), network(dtype)
-    X, Y = examples(50)
+def test_sgd_steps_are_those_of_torch(dtype, device):
+    ours, theirs = network(dtype, device), network(dtype, device)
+    X, Y = examples(50, device)
     options = {"lr": 0.1, "steps": 40, "batch_size": 9}
     losses = F.mlp_sgd_steps(X, Y, *tensors_of(ours), **options, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(losses, train_by_torch(theirs, X, Y, **options, seed=3))
@@ -101,21 +104,70 @@ def test_sgd_steps_depend_on_the_seed_alone():
         assert torch.equal(values, cut[name])
 
 
-def test_sgd_steps_move_strided_and_16_bit_parameters():
-    X, Y = examples(50)
+@every_device
+def test_sgd_steps_move_strided_and_16_bit_parameters(device):
+    X, Y = examples(50, device)
     options = {"lr": 0.1, "steps": 5, "batch_size": 9}
-    expected = tensors_of(network())
+    expected = tensors_of(network(device=device))
     expected_losses = F.mlp_sgd_steps(X, Y, *expected, **options, generator=torch.Generator().manual_seed(3))
-    strided = [t.detach().t().contiguous().t() for t in tensors_of(network())]
+    strided = [t.detach().t().contiguous().t() for t in tensors_of(network(device=device))]
     losses = F.mlp_sgd_steps(X, Y, *strided, **options, generator=torch.Generator().manual_seed(3))
     torch.testing.assert_close(losses, expected_losses)
     torch.testing.assert_close(strided, [t.detach() for t in expected])
 
-    half = [t.detach().bfloat16() for t in tensors_of(network())]
+    half = [t.detach().bfloat16() for t in tensors_of(network(device=device))]
     losses = F.mlp_sgd_steps(X, Y, *half, **options, generator=torch.Generator().manual_seed(3))
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, expected_losses, rtol=0.02, atol=0.02)
     assert all(t.dtype == torch.bfloat16 for t in half)
+
+
+def calls_of_both_ops(net, X, Y):
+    """Each op, and arguments for it, some of which it moves."""
+    tensors = [t.detach() for t in tensors_of(net)]
+    ix = torch.arange(len(X), device=X.device).view(2, -1)
+    return (
+        ("mlp_loss_and_gradients", (X, Y, *tensors, True, 0.1, 1e-5, True)),
+        ("mlp_sgd_steps_", (X, Y, ix, *tensors, 0.1, 0.1, 1e-5)),
+    )
+
+
+def outputs_and_moved(op, args):
+    args = copies(args)
+    return op(*args), args
+
+
+def test_the_references_have_another_name():
+    """By which the CUDA kernel finds them, for networks that don't fit into the memory of a block."""
+    for name, args in calls_of_both_ops(network(), *examples(20)):
+        reference = REFERENCES[getattr(torch.ops.fused_ops, name).default]
+        by_name = getattr(torch.ops.fused_ops, name + "_by_reference")
+        torch.testing.assert_close(*(outputs_and_moved(f, args) for f in (by_name, reference)), rtol=0, atol=0)
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("hidden", [H, 3000], ids=["cuda-fits", "cuda-does-not-fit"])  # 3000 units: 0.5 MB
+def test_networks_of_every_size(hidden):
+    for name, args in calls_of_both_ops(network(device="cuda", hidden=hidden), *examples(20, "cuda")):
+        op = getattr(torch.ops.fused_ops, name).default
+        ours, theirs = (outputs_and_moved(f, args) for f in (op, REFERENCES[op]))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@NEEDS_CUDA
+def test_sgd_steps_in_a_cuda_graph():
+    """Nothing is read back to the host: a call can be recorded, and a replay goes on from where the last one ended."""
+    _, (name, args) = calls_of_both_ops(network(device="cuda"), *examples(20, "cuda"))
+    op = getattr(torch.ops.fused_ops, name).default
+    expected = copies(args)
+    losses = [op(*expected) for _ in range(2)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = op(*args)
+    for of_call in losses:
+        graph.replay()
+        torch.testing.assert_close(recorded, of_call, rtol=0, atol=0)
+    torch.testing.assert_close(args, expected, rtol=0, atol=0)
 
 
 def test_sgd_steps_let_other_threads_run():

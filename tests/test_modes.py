@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checks import NEEDS_CUDA
 from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
@@ -142,7 +143,7 @@ def test_a_network_of_our_layers_compiles(dynamic):
     assert_trains_like_torch(torch.compile(module, fullgraph=True, dynamic=dynamic), module)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@NEEDS_CUDA
 def test_a_network_of_our_layers_runs_in_cuda_graphs():
     torch.compiler.reset()
     module, theirs = (Network(nn).cuda() for nn in (fused_ops.nn, torch.nn))

@@ -13,7 +13,7 @@ import warnings
 
 import pytest
 import torch
-from checks import F64, assert_as_near, copies, run, with_dtypes
+from checks import F64, NEEDS_CUDA, assert_as_near, copies, run, with_dtypes
 from samples import Sample
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
@@ -26,7 +26,6 @@ import fused_ops.nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss", "LinearCrossEntropyLoss")
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 GRADIENT_SAMPLES = 200  # at most, of one entry and mode: LinearCrossEntropyLoss has 857 (of which that is every fifth)
 
 

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from checks import F64, assert_as_near, differentiated, of_inputs, run, with_dtypes
+from checks import F64, NEEDS_CUDA, assert_as_near, differentiated, of_inputs, run, with_dtypes
 from samples import Sample
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing._internal.common_methods_invocations import op_db
@@ -19,7 +19,6 @@ import fused_ops.functional
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("batch_norm", "cross_entropy", "linear_cross_entropy")
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def entries(device):

@@ -9,7 +9,7 @@ import contextlib
 
 import pytest
 import torch
-from checks import F64, FLOATS, assert_as_near, copies, differentiated, of_inputs, run, tensors
+from checks import F64, FLOATS, assert_as_near, copies, differentiated, every_device, of_inputs, run, tensors
 from samples import OPS
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,9 +19,7 @@ from fused_ops._op import REFERENCES
 
 CASES = [pytest.param(op, case, id=f"{name}-{key}") for name, op in OPS.items() for key, case in op.cases.items()]
 DIFFERENTIABLE = [param for param in CASES if param.values[1].gradcheck]
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_case = pytest.mark.parametrize(("op", "case"), CASES)
 

@@ -26,16 +26,34 @@ inline int threads_for(int64_t C) {
   return threads;
 }
 
-// Launches kernel(args...) on the current stream of the device that `on` lies on.
+// Launches kernel(args...) on the current stream of the device that `on` lies on, with `memory` bytes of dynamic shared
+// memory a block.
 template <typename... Parameters, typename... Args>
-void launch(const Tensor& on, int64_t blocks, int threads, void (*kernel)(Parameters...), Args... args) {
+void launch_with_memory(const Tensor& on, int64_t blocks, int threads, int memory, void (*kernel)(Parameters...),
+                        Args... args) {
   const auto device = on.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  if (memory > 0) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
   const auto grid = static_cast<unsigned>(std::min(blocks, kMaxBlocks));
-  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
+  kernel<<<grid, threads, memory, static_cast<cudaStream_t>(stream)>>>(args...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <typename... Parameters, typename... Args>
+void launch(const Tensor& on, int64_t blocks, int threads, void (*kernel)(Parameters...), Args... args) {
+  launch_with_memory(on, blocks, threads, 0, kernel, args...);
+}
+
+// Combines the values of `width` neighbouring threads, a power of 2; each of them gets the result. All of a warp call
+// it.
+template <int width = kWarp, typename V, typename Combine>
+__device__ V warp_reduce(V value, const Combine& combine) {
+#pragma unroll
+  for (int distance = width / 2; distance > 0; distance /= 2)
+    value = combine(value, __shfl_xor_sync(0xffffffff, value, distance));
+  return value;
 }
 
 // Combines a value from each thread of the block; all of them get the result. The order is fixed, and so the result.
@@ -43,13 +61,10 @@ template <typename V, typename Combine>
 __device__ V block_reduce(V value, V identity, const Combine& combine) {
   __shared__ V of_warp[kMaxWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    value = combine(value, __shfl_xor_sync(0xffffffff, value, distance));
+  value = warp_reduce(value, combine);
   if (lane == 0) of_warp[warp] = value;
   __syncthreads();
-  value = lane < blockDim.x / kWarp ? of_warp[lane] : identity;
-  for (int distance = kWarp / 2; distance > 0; distance /= 2)
-    value = combine(value, __shfl_xor_sync(0xffffffff, value, distance));
+  value = warp_reduce(lane < blockDim.x / kWarp ? of_warp[lane] : identity, combine);
   __syncthreads();  // all have read of_warp: the next reduction may write it
   return value;
 }

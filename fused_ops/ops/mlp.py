@@ -18,6 +18,7 @@ The loss is one number, so its gradients for dloss = 1 are all that a backward p
 along with it, while what they need is in cache, and remembers nothing else.
 """
 
+import functools
 from typing import Optional, Tuple
 
 import torch
@@ -149,8 +150,23 @@ def mlp_sgd_steps_(
     return torch.stack(losses)  # (K)
 
 
-_op = define(mlp_loss_and_gradients, mutates_args=("running_mean", "running_var"))
-_sgd_steps_op = define(
+def _define(reference, mutates_args):
+    """The op; and its reference once more, as <name>_by_reference, which no kernel hides.
+
+    To it the CUDA kernel, which works in the shared memory of one block, leaves what does not fit there.
+    """
+
+    @functools.wraps(reference)
+    def by_reference(*args):
+        return reference(*args)
+
+    by_reference.__name__ += "_by_reference"
+    define(by_reference, mutates_args)
+    return define(reference, mutates_args)
+
+
+_op = _define(mlp_loss_and_gradients, mutates_args=("running_mean", "running_var"))
+_sgd_steps_op = _define(
     mlp_sgd_steps_,
     mutates_args=("C", "W1", "b1", "bngain", "bnbias", "W2", "b2", "running_mean", "running_var"),
 )
@@ -232,6 +248,10 @@ def mlp(
     and higher derivatives, and forward mode, take PyTorch's ops through the same formulas. It computes in float32
     (float64 for float64), under autocast, too, and runs on one device. Made for networks that stay in cache.
 
+    On CUDA one block of threads does it all in its shared memory, if that has room: the lecture's network in float32
+    takes 138 KiB of an A100's 163 or an H100's 227. What does not fit, as on cards with 99, takes PyTorch's ops one by
+    one.
+
     Args:
         input: contexts, (N, T), int64, each in [0, V).
         target: the classes that follow, (N,), int64, each in [0, V).
@@ -246,7 +266,8 @@ def mlp(
         The loss, in nats: (), of the dtype of the parameters.
 
     Raises:
-        IndexError: an index out of range (RuntimeError or IndexError where the reference runs).
+        IndexError: an index out of range (RuntimeError or IndexError where the reference runs). On CUDA the device
+            stops, as with PyTorch's own ops.
         ValueError: no example, or one in training, one running statistic without the other or none in evaluation.
         RuntimeError: shapes or dtypes that don't fit together.
 
@@ -295,7 +316,9 @@ def mlp_sgd_steps(
     """Train the network of `mlp` by stochastic gradient descent: all steps in one call, without Python in between.
 
     Each step takes a minibatch, forward, backward and p ← p − lr·dp, as `torch.optim.SGD` does. On CPU other threads of
-    Python run meanwhile. The parameters and running statistics are moved in place; autograd sees none of it.
+    Python run meanwhile. On CUDA all steps are one kernel, if the network fits (see `mlp`), and the call does not wait
+    for it. The parameters and running statistics are moved in place; autograd sees none of it. Those of 16 bits are
+    rounded once, at the end, but by the reference at every step.
 
     Args:
         input, target, ..., running_var: as in `mlp`; all examples to draw from, input (M, T) and target (M,).
