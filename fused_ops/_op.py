@@ -164,7 +164,11 @@ class reference_mode(TorchDispatchMode):  # lower case: used as a context manage
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return REFERENCES.get(func, func)(*args, **(kwargs or {}))
+        outputs = REFERENCES.get(func, func)(*args, **(kwargs or {}))
+        if func in REFERENCES:  # within a mode PyTorch does not tell autograd what has been moved in place
+            moved = (a for p, a in zip(func._schema.arguments, args, strict=False) if p.is_write and a is not None)
+            torch.autograd.graph.increment_version(moved)
+        return outputs
 
 
 def has_kernels(device_type):

@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -216,14 +217,27 @@ def test_batch_norm_keeps_only_what_its_backward_pass_needs():
     assert saved(activation="relu", residual=residual) == 2 * N + 4 * C
 
 
-def test_moving_the_running_statistics_tells_autograd():
-    """A graph that still needs the statistics as they were must say so, not use the new ones."""
-    mean, var = (t.clone() for t in STATISTICS)
-    w = torch.tensor(2.0, requires_grad=True)
-    needs_old_mean = (w * mean).sum()
+def norm(mean, var):
     F.batch_norm(X, mean, var, training=True)
+
+
+def mlp(mean, var):
+    parameters = (torch.ones(size) for size in ((5, 2), (3, 4), (3,), (3,), (3,), (5, 3), (5,)))
+    F.mlp(torch.tensor([[0, 1], [2, 3], [4, 0]]), torch.tensor([1, 2, 3]), *parameters, mean, var, training=True)
+
+
+@pytest.mark.parametrize("mode", [nullcontext, fused_ops.reference_mode])
+@pytest.mark.parametrize("moves", [norm, mlp])
+@pytest.mark.parametrize("which", [0, 1], ids=["mean", "var"])
+def test_moving_the_running_statistics_tells_autograd(which, moves, mode):
+    """A graph that still needs the statistics as they were must say so, not use the new ones."""
+    statistics = [t.clone() for t in STATISTICS]
+    w = torch.tensor(2.0, requires_grad=True)
+    needs_old_statistic = (w * statistics[which]).sum()
+    with mode():
+        moves(*statistics)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        needs_old_mean.backward()
+        needs_old_statistic.backward()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -101,12 +101,6 @@ std::optional<Tensor> channel_vector(const std::optional<Tensor>& v, int64_t C, 
   return v ? std::optional<Tensor>(channel_vector(*v, C, type, name)) : std::nullopt;
 }
 
-// Through PyTorch's copy_, even of a vector onto itself: it takes any dtype, and tells autograd that there are new
-// values. torch::stable::copy_ looks it up by its name at every call, which takes longer than a small batch.
-void copy_back(const Tensor& v, const Tensor& vector) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(v.get(), vector.get(), /*non_blocking=*/0));
-}
-
 // running ← (1 − momentum)·running + momentum·batch
 template <typename Acc>
 void move(Acc* running, const Acc* batch, Acc momentum, int64_t c_begin, int64_t c_end) {

@@ -59,13 +59,13 @@ void read(const Tensor& t, const Place<Acc>& place, const char* name) {
 }
 
 template <typename Acc>
-void write(Tensor t, const Place<Acc>& place) {
-  Tensor dense = t.is_contiguous() ? t : torch::stable::empty_like(torch::stable::contiguous(t));
+void write(const Tensor& t, const Place<Acc>& place) {
+  const Tensor dense = as_contiguous(t);
   dispatch_floating(t.scalar_type(), "mlp", [&](auto scalar) {
     using T = decltype(scalar);
     if constexpr (std::is_same_v<accumulate_t<T>, Acc>) write_matrix(place, dense.mutable_data_ptr<T>());
   });
-  if (!t.is_contiguous()) torch::stable::copy_(t, dense);
+  copy_back(t, dense);
 }
 
 constexpr const char* kNames[] = {"C", "W1", "b1", "bngain", "bnbias", "W2", "b2"};
