@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parent
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]  # every torch >= 2.10
 VECTORIZE = ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]  # keeps NaN and inf, unlike -ffast-math
-CXX = [*STABLE_ABI, "-O3", "-std=c++17", "-fvisibility=hidden", *VECTORIZE]
+CXX = [*STABLE_ABI, "-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *VECTORIZE]
 NVCC = [*STABLE_ABI, "-O3", "-std=c++17", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"]
 
 
