@@ -38,7 +38,7 @@ def arguments():
 
 
 def chosen(args):
-    for case in (*all_cases(), TrainingCase(32, 3, 200, 27, quick=True)):
+    for case in (*all_cases(args.device), TrainingCase(32, 3, 200, 27, quick=True)):
         if args.dtype in (None, case.dtype_name) and re.search(args.only, case.name) and (case.quick or not args.quick):
             yield case
 

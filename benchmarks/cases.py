@@ -7,7 +7,7 @@ The limit of a pass is that least work at the speed measured beside it. Of n byt
     batch_norm              forward reads x and writes y (2n), backward reads x and dy and writes dx (3n);
                             both 5n, since dy is not known before the forward pass has ended
     batch_norm + add + relu forward reads the residual, too (3n), and backward writes its gradient (4n); both 7n.
-                            The mask of relu is not counted: a bit an element would do
+                            The mask of relu, with add or without, is not counted: a bit an element would do
     linear_cross_entropy    one matrix product of 2·N·H·C FLOPs forward, two backward; both 6·N·H·C
     mlp                     two matrix products of 2·N·H·(F + V) FLOPs together forward, twice that backward
 
@@ -37,6 +37,7 @@ class Implementation:
     function: Callable  # of the case's tensors
     context: Callable = nullcontext  # entered around forward and backward
     optional: bool = False  # may fail, as a compiler may be missing: a row less, and the reason
+    overwrites: bool = False  # its inputs: it gets some of its own
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Tensors:
 
     def nbytes(self):
         return self.args[0].nbytes
+
+    def copy(self):
+        args = (t.detach().clone().requires_grad_(t.requires_grad) for t in self.args)
+        return Tensors(tuple(args), self.upstream)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class Case:
 
     def implementations(self):
         """By name, in the order of the table. PyTorch's eager mode is first: the others are compared with it."""
+        in_place = Implementation(_cross_entropy_in_place, overwrites=True)
         return {
             "eager": Implementation(self.eager),
             # dynamic=False: a kernel for this size, as the others have, and not for the sizes measured before
@@ -90,7 +96,7 @@ class Case:
             **self.others,
             "reference": Implementation(self.fused, context=fused_ops.reference_mode),
             FUSED: Implementation(self.fused),
-            **({IN_PLACE: Implementation(_cross_entropy_in_place)} if self.op == "cross_entropy" else {}),
+            **({IN_PLACE: in_place} if self.op == "cross_entropy" else {}),
         }
 
 
@@ -119,9 +125,13 @@ def _norm(input, weight, bias, running_mean, running_var):
     return torch_F.batch_norm(input, running_mean, running_var, weight, bias, training=True)
 
 
-def _norm_add_relu(input, weight, bias, running_mean, running_var, residual):
-    y = torch_F.batch_norm(input, running_mean, running_var, weight, bias, training=True)
-    return torch_F.relu(y + residual)
+def _norm_relu(*args):
+    return torch_F.relu(_norm(*args))
+
+
+def _norm_add_relu(*args):
+    *args, residual = args
+    return torch_F.relu(_norm(*args) + residual)
 
 
 def _fused_norm(input, weight, bias, running_mean, running_var, residual=None, activation=None):
@@ -129,16 +139,28 @@ def _fused_norm(input, weight, bias, running_mean, running_var, residual=None, a
     return F.batch_norm(input, running_mean, running_var, weight, bias, training=True, **options)
 
 
-def batch_norm(shape, dtype=torch.float32, add_relu=False, channels_last=False, **options):
+_fused_norm_relu = functools.partial(_fused_norm, activation="relu")
+
+# What follows batch norm: eager's function, ours, and the tensors of the input's size that each pass reads and writes.
+FOLLOWED_BY = {
+    "": (_norm, _fused_norm, {"forward": 2, "backward": 3, "both": 5}),
+    "relu": (_norm_relu, _fused_norm_relu, {"forward": 2, "backward": 3, "both": 5}),
+    "add relu": (_norm_add_relu, _fused_norm_relu, {"forward": 3, "backward": 4, "both": 7}),
+}
+
+
+def batch_norm(shape, dtype=torch.float32, followed_by="", channels_last=False, **options):
+    eager, fused, work = FOLLOWED_BY[followed_by]
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def tensors(device):
         def like_input():
             return torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=layout)
 
-        parameters = [torch.randn(shape[1], dtype=dtype, device=device).requires_grad_() for _ in range(2)]
-        running = torch.zeros(shape[1], dtype=dtype, device=device), torch.ones(shape[1], dtype=dtype, device=device)
-        residual = [like_input().requires_grad_()] if add_relu else []
+        # In float32 whatever the dtype, as in mixed precision.
+        parameters = [torch.randn(shape[1], device=device).requires_grad_() for _ in range(2)]
+        running = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
+        residual = [like_input().requires_grad_()] if "add" in followed_by else []
         return Tensors((like_input().requires_grad_(), *parameters, *running, *residual), upstream=like_input())
 
     return Case(
@@ -146,10 +168,10 @@ def batch_norm(shape, dtype=torch.float32, add_relu=False, channels_last=False, 
         shape=shape,
         dtype=dtype,
         tensors=tensors,
-        eager=_norm_add_relu if add_relu else _norm,
-        fused=functools.partial(_fused_norm, activation="relu") if add_relu else _fused_norm,
-        work={"forward": 3, "backward": 4, "both": 7} if add_relu else {"forward": 2, "backward": 3, "both": 5},
-        variant=" ".join(["channels_last"] * channels_last + ["add relu"] * add_relu),
+        eager=eager,
+        fused=fused,
+        work=work,
+        variant=" ".join(filter(None, ("channels_last" * channels_last, followed_by))),
         **options,
     )
 
@@ -211,7 +233,11 @@ def mlp(rows, characters, embedding, hidden, vocab_size, **options):
     )
 
 
-def all_cases():
+def all_cases(device):
+    return {"cpu": cpu_cases, "cuda": cuda_cases}[device]()
+
+
+def cpu_cases():
     float32, bfloat16 = torch.float32, torch.bfloat16
     yield cross_entropy(32, 27, float32, quick=True)  # the network of names
     for dtype in (float32, bfloat16):
@@ -221,12 +247,12 @@ def all_cases():
     for classes in (64, 1024, 16384):
         yield cross_entropy(512, classes, float32, curve=True)
 
-    for add_relu in (False, True):
+    for followed_by in ("", "add relu"):
         for shape in ((32, 200), (4096, 64), (4096, 1024), (65536, 256)):
-            yield batch_norm(shape, add_relu=add_relu, quick=shape == (32, 200))
+            yield batch_norm(shape, followed_by=followed_by, quick=shape == (32, 200))
         for shape in ((32, 64, 56, 56), (32, 256, 14, 14)):
             for channels_last in (False, True):
-                yield batch_norm(shape, add_relu=add_relu, channels_last=channels_last)
+                yield batch_norm(shape, followed_by=followed_by, channels_last=channels_last)
     for rows in (32, 1024, 8192):
         yield batch_norm((rows, 256), curve=True)
 
@@ -235,3 +261,22 @@ def all_cases():
 
     yield mlp(32, 3, 10, 200, 27, quick=True)
     yield mlp(256, 3, 10, 1000, 27)
+
+
+def cuda_cases():
+    """The small sizes, where the calls are what costs, and those that are worth a card: up to 4 GiB a tensor."""
+    yield cross_entropy(32, 27, torch.float32, quick=True)
+    for classes in (32768, 65536, 131072, 262144):
+        yield cross_entropy(8192, classes, torch.bfloat16)
+
+    yield batch_norm((32, 200), quick=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        for followed_by in FOLLOWED_BY:
+            for shape in ((32, 64, 112, 112), (128, 256, 56, 56), (256, 1024, 14, 14)):
+                for channels_last in (False, True):
+                    yield batch_norm(shape, dtype, followed_by, channels_last)
+
+    yield linear_cross_entropy(256, 128, 4096, torch.float32, quick=True)
+    yield linear_cross_entropy(8192, 4096, 128256, torch.bfloat16)
+
+    yield mlp(32, 3, 10, 200, 27, quick=True)

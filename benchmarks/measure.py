@@ -3,23 +3,29 @@
 An iteration is what a training loop does. It runs forward and then backward through the graph just built, timing each,
 and both once more in one go; gradients are new tensors each time, as after `zero_grad(set_to_none=True)`. A graph is
 never used twice: `torch.utils.benchmark.Timer`, which repeats one statement, could not time its backward pass. Hence
-its clock, `timer()`, which waits for CUDA, and its `Measurement`s, but a loop of our own.
+its `Measurement`s, but a loop of our own.
+
+On CUDA the times are those between events on the card. Within a block nothing waits for it, so that its queue is full
+wherever the host is the faster of the two; and an iteration goes through several sets of inputs, forward through all of
+them and then backward, so that none is still in the card's cache from the iteration before.
 """
 
 import ctypes
+import functools
 import gc
+import itertools
 import math
 import time
 from contextlib import contextmanager
 
 import torch
-from torch.utils.benchmark import Measurement, timer
+from torch.utils.benchmark import Measurement
 from torch.utils.benchmark.utils.common import TaskSpec
 
 from benchmarks.cases import PASSES, Case, Tensors
 
 MIB = 2**20
-COPIES = {"cpu": 1, "cuda": 8}  # sets of inputs an iteration goes through: CUDA needs several in its queue to be busy
+MOST_SETS = 8  # of small inputs, which stay in the cache
 LEAST_FOR_PEAK = 4 * MIB  # of input: below, the resident set tells more of the allocator than of the op
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the norm of what eager gives
 
@@ -38,56 +44,66 @@ class CaseRun:
         self.skipped = {}  # implementation -> why
         self.peaks = {}  # implementation -> bytes beyond the inputs, or None
         self.times = {}  # (implementation, pass) -> the median of each block, in seconds
-        self.tensors = {}  # implementation -> its sets of inputs, its own since inplace_grad overwrites them
         self.implementations = {}
         torch.compiler.reset()
         torch.manual_seed(0)
         original, expected = case.tensors(device), None
-        self.speed_probe = self._speed_probe(original)
+        self.sets = [original, *(original.copy() for _ in range(number_of_sets(original, device) - 1))]
+        self.own_sets = {}  # of an implementation that overwrites its inputs
+        self.speed_probes = self._speed_probes()
         for name, implementation in case.implementations().items():
-            copies = [_copy(original) for _ in range(COPIES[device])]
+            if implementation.overwrites:
+                self.own_sets[name] = [tensors.copy() for tensors in self.sets]
+            tensors = self._sets_of(name)[0]
             try:
                 with implementation.context():
-                    results = _results(implementation, copies[0])
+                    results = _results(implementation, tensors)
                     expected = expected or results
                     _check(name, results, expected, TOLERANCE[case.dtype])
                     del results
-                    self.peaks[name] = peak(lambda: _results(implementation, copies[-1]), original, device)  # noqa: B023
+                    self.peaks[name] = peak(lambda: _results(implementation, tensors), tensors, device)  # noqa: B023
             except WrongResult:
                 raise
             except Exception as error:
-                if not implementation.optional:
+                # The memory may not suffice for one that PyTorch's eager mode, the first, needs less than.
+                if not implementation.optional and not (expected and isinstance(error, torch.OutOfMemoryError)):
                     raise
                 self.skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
                 continue
-            self.implementations[name], self.tensors[name] = implementation, copies
+            self.implementations[name] = implementation
 
     def block(self, name):
         """Measure one implementation for one block; the name None is the machine's speed."""
-        if name is None:
-            self._add("speed", [_timed(self.speed_probe) for _ in self._iterations()])
-            return
-        rows = list(self._iteration(name))
-        for of_pass, times in zip(self.passes, zip(*rows, strict=True), strict=True):
-            self._add((name, of_pass), times)
+        rows = list(self._probe() if name is None else self._iteration(name))
+        keys = ["speed"] if name is None else [(name, of_pass) for of_pass in self.passes]
+        number = 1 if name is None else self.number
+        for key, spans in zip(keys, zip(*rows, strict=True), strict=True):
+            times = [seconds(start, end) for start, end in spans]
+            self.times.setdefault(key, []).append(_measurement(times, number).median)
+
+    def _probe(self):
+        for probe, _ in zip(itertools.cycle(self.speed_probes), self._iterations(), strict=False):
+            start = moment(self.device)
+            probe()
+            yield ((start, moment(self.device)),)
 
     def _iteration(self, name):
-        implementation, copies = self.implementations[name], self.tensors[name]
+        implementation, sets = self.implementations[name], self._sets_of(name)
         # The first iteration after another implementation finds caches and free pages as that one left them, which
         # took some backward passes five times as long: it is not counted.
         with implementation.context():
-            _results(implementation, copies[0])
+            _results(implementation, sets[0])
         for _ in self._iterations():
             with implementation.context():
-                start = timer()
-                outputs = [implementation.function(*tensors.args) for tensors in copies]
-                middle = timer()
-                for tensors in copies:
+                start = moment(self.device)
+                outputs = [implementation.function(*tensors.args) for tensors in sets]
+                middle = moment(self.device)
+                for tensors in sets:
                     _gradients(outputs.pop(0), tensors)
-                end = timer()
-                for tensors in copies:
+                end = moment(self.device)
+                for tensors in sets:
                     _gradients(implementation.function(*tensors.args), tensors)
-                yield middle - start, end - middle, timer() - end
+                yield (start, middle), (middle, end), (end, moment(self.device))
 
     def _iterations(self):
         with _no_garbage_collection():
@@ -96,16 +112,21 @@ class CaseRun:
             while time.perf_counter() < end:
                 yield
 
-    def _add(self, key, times):
-        number = 1 if key == "speed" else COPIES[self.device]
-        self.times.setdefault(key, []).append(_measurement(times, number).median)
+    def _sets_of(self, name):
+        return self.own_sets.get(name, self.sets)
 
-    def _speed_probe(self, tensors):
-        """A copy of this case's size, or its matrix product, into memory that is there already."""
+    @property
+    def number(self):
+        """How often an iteration does what it measures."""
+        return len(self.sets)
+
+    def _speed_probes(self):
+        """Copies of each set's input, or the matrix product, into memory that is there already."""
         if self.case.flops:
-            return product(*self.case.product, self.case.dtype, self.device)
-        source, copy = tensors.args[0].detach(), tensors.args[0].detach().clone()
-        return lambda: copy.copy_(source)
+            return [product(*self.case.product, self.case.dtype, self.device)]
+        sources = [tensors.args[0].detach() for tensors in self.sets]
+        copy = sources[0].clone()
+        return [functools.partial(copy.copy_, source) for source in sources]
 
     def rows(self):
         """A dictionary for each implementation: the table's row."""
@@ -140,7 +161,7 @@ class CaseRun:
 
     @property
     def nbytes(self):
-        return self.tensors["eager"][0].nbytes()
+        return self.sets[0].nbytes()
 
 
 def columns(of_pass):
@@ -157,11 +178,6 @@ def product(rows, inner, columns, dtype, device):
 
 def product_flops(shape):
     return 2 * math.prod(shape)
-
-
-def _copy(tensors: Tensors):
-    args = (t.detach().clone().requires_grad_(t.requires_grad) for t in tensors.args)
-    return Tensors(tuple(args), tensors.upstream)
 
 
 def _gradients(output, tensors):
@@ -181,10 +197,29 @@ def _check(name, results, expected, tolerance):
             raise WrongResult(f"{name} is off by {error:.1e} of the norm of PyTorch's result")
 
 
-def _timed(function):
-    start = timer()
-    function()
-    return timer() - start
+def number_of_sets(tensors: Tensors, device):
+    """How many sets of inputs an iteration goes through: on CUDA, where they can, more than fill the L2 cache twice."""
+    if device == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(MOST_SETS, 2 * cache // sum(t.nbytes for t in tensors.args) + 1)
+
+
+def moment(device):
+    """Now, in the work of the device. On CUDA that is an event in its queue, which nobody waits for here."""
+    if device == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(start, end):
+    """Between two moments, once the later one has come."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def _measurement(times, number=1):

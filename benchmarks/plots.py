@@ -16,6 +16,7 @@ COLORS = {
     FUSED: "#d55e00",
     IN_PLACE: "#e69f00",
     "autograd": "#8c8c8c",  # the rungs of the ladder
+    "autograd, CUDA graph": "#009e73",
     "steps": "#d8c9a3",
     "fused": "#e69f00",
     "network": "#d55e00",
@@ -39,13 +40,14 @@ def write(output, rows):
 
 
 def _bars(op, rows):
-    """Time over limit, forward and backward together: a panel for each dtype, or with and without what follows."""
+    """Time over limit, forward and backward together: a panel for each dtype, with and without what follows."""
     rows = [row for row in rows if not row["curve"]]
     if not rows:
         return None
 
     def panel_of(row):
-        return row["dtype"] + (" with add and relu" if "add relu" in row["variant"] else "")
+        following = [op for op in ("add", "relu") if op in row["variant"].split()]
+        return " ".join([row["dtype"], "with" * bool(following), " and ".join(following)]).strip()
 
     panels = list(dict.fromkeys(map(panel_of, rows)))
     names = [name for name in COLORS if any(row["implementation"] == name for row in rows)]

@@ -1,13 +1,18 @@
 """`make bench` runs, writes what it promises, and its ratios are those of its times. Not how fast anything is."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import cases, measure, training
+from benchmarks.measure import CaseRun
 from fused_ops import ladder
 
 ROOT = Path(__file__).parents[1]
@@ -90,3 +95,114 @@ def test_a_pattern_that_finds_nothing_is_an_error():
     run = bench("--only", "no such case")
     assert run.returncode != 0
     assert "no case" in run.stderr
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_names_of_cases_are_unique(device):
+    names = [case.name for case in cases.all_cases(device)]
+    assert len(set(names)) == len(names)
+
+
+def test_cuda_cases_have_the_sizes_that_are_worth_a_card():
+    names = {case.name for case in cases.all_cases("cuda")}
+    assert names >= {f"cross_entropy 8192x{2**k} bfloat16" for k in (15, 16, 17, 18)}
+    shapes = "32x64x112x112", "128x256x56x56", "256x1024x14x14"
+    variants = [f"{layout} {then}".strip() for layout in ("", "channels_last") for then in ("", "relu", "add relu")]
+    for dtype in ("float32", "bfloat16"):
+        assert names >= {f"batch_norm {shape} {dtype} {variant}".strip() for shape in shapes for variant in variants}
+    assert "linear_cross_entropy 8192x4096x128256 bfloat16" in names
+
+
+def shrunken_cuda_cases(monkeypatch):
+    """The cases of CUDA at sizes for any machine, and without torch.compile, which takes long and is tested above."""
+
+    def smaller(make):
+        def shrink(value):
+            return min(value, 16 + value % 13) if isinstance(value, int) else value  # not all equal
+
+        def make_smaller(*args, **options):
+            args = [tuple(map(shrink, arg)) if isinstance(arg, tuple) else arg for arg in args]
+            return make(*map(shrink, args), **options)
+
+        return make_smaller
+
+    for make in (cases.cross_entropy, cases.linear_cross_entropy, cases.batch_norm):
+        monkeypatch.setattr(cases, make.__name__, smaller(make))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return list(cases.all_cases("cuda"))
+
+
+def test_cuda_cases_agree_with_eager_when_small(monkeypatch):
+    shrunken = shrunken_cuda_cases(monkeypatch)
+    assert len(shrunken) > 40
+    for case in shrunken:
+        run = CaseRun(case, "cpu", seconds=0)  # raises where an implementation gives something else
+        assert run.skipped.keys() <= {cases.CHUNKED}
+        for name in (None, *run.implementations):
+            run.block(name)
+        assert {row["implementation"] for row in run.rows()} == run.implementations.keys()
+
+
+def test_only_an_implementation_that_overwrites_its_inputs_has_its_own(monkeypatch):
+    case = next(case for case in shrunken_cuda_cases(monkeypatch) if case.op == "cross_entropy")
+    run = CaseRun(case, "cpu", seconds=0)
+    before = run.sets[0].args[0].clone()
+    for name in run.implementations:
+        run.block(name)
+    assert torch.equal(run.sets[0].args[0], before)
+    assert run.own_sets.keys() == {cases.IN_PLACE}
+    assert not torch.equal(run.own_sets[cases.IN_PLACE][0].args[0], before)
+
+
+def test_sets_of_inputs_fill_the_cache_of_a_card_twice(monkeypatch):
+    card = types.SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+
+    def sets(mib, device="cuda"):
+        values = torch.empty(mib, 2**20, dtype=torch.uint8, device="meta")
+        return measure.number_of_sets(cases.Tensors((values,)), device)
+
+    assert [sets(mib) for mib in (1000, 101, 100, 49)] == [1, 1, 2, 3]
+    assert sets(1) == measure.MOST_SETS
+    assert sets(1, "cpu") == 1
+
+
+def test_an_iteration_goes_through_all_sets(monkeypatch):
+    monkeypatch.setattr(measure, "number_of_sets", lambda *_: 3)
+    case = next(case for case in shrunken_cuda_cases(monkeypatch) if case.op == "cross_entropy")
+    inputs = []
+
+    def seen(input, target):
+        inputs.append(input)
+        return case.fused(input, target)
+
+    run = CaseRun(dataclasses.replace(case, fused=seen), "cpu", seconds=0)
+    inputs.clear()
+    run.block(cases.FUSED)
+    first, *timed = [[x is tensors.args[0] for tensors in run.sets].index(True) for x in inputs]
+    assert (first, timed) == (0, [0, 1, 2, 0, 1, 2])  # not counted; forward, then both again
+    monkeypatch.setattr(measure, "seconds", lambda start, end: 6.0)
+    run.times.clear()
+    run.block(cases.FUSED)
+    run.block(None)
+    assert run.times == {**{(cases.FUSED, of_pass): [2.0] for of_pass in PASSES}, "speed": [6.0]}
+
+
+def test_memory_may_not_suffice_for_one_but_must_for_eager(monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("not enough")
+
+    case = next(case for case in shrunken_cuda_cases(monkeypatch) if case.op == "cross_entropy")
+    run = CaseRun(dataclasses.replace(case, fused=out_of_memory), "cpu", seconds=0)
+    assert run.skipped[cases.FUSED] == "OutOfMemoryError: not enough"
+    assert cases.FUSED not in run.implementations
+    with pytest.raises(torch.OutOfMemoryError):
+        CaseRun(dataclasses.replace(case, eager=out_of_memory), "cpu", seconds=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_training_in_a_cuda_graph():
+    run = training.TrainingRun(training.TrainingCase(32, 3, 200, 27), "cuda", seconds=0)  # compares the losses
+    for name in (None, *run.implementations):
+        run.block(name)
+    assert {row["implementation"] for row in run.rows()} > {training.GRAPH, *ladder.RUNGS}

@@ -6,12 +6,22 @@
 #include <cassert>
 #include <cstdio>
 #include <limits>
+#include <type_traits>
 
 #include "../cross_entropy.h"
 #include "block.cuh"
 
 namespace fused_ops {
 namespace {
+
+// Threads of a row's largest block. In float64 a thread takes more registers than one of 1,024 threads has for each.
+template <typename T>
+constexpr int kMostThreads = kWarp * (std::is_same_v<T, double> ? kMaxWarps / 2 : kMaxWarps);
+
+template <typename T>
+int threads_for_row(int64_t C) {
+  return std::min(threads_for(C), kMostThreads<T>);
+}
 
 // The rows as a kernel sees them.
 template <typename T, typename Acc = accumulate_t<T>>
@@ -58,8 +68,8 @@ __device__ Acc sum_targets(int64_t C, Targets t) {
 }
 
 template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-__global__ void FUSED_OPS_ANY_BLOCK row_losses(DeviceRows<T> rows, Cap cap, Targets targets, Acc* m_out, Acc* log_z_out,
-                                               Acc* losses) {
+__global__ void __launch_bounds__(kMostThreads<T>, 1)
+    row_losses(DeviceRows<T> rows, Cap cap, Targets targets, Acc* m_out, Acc* log_z_out, Acc* losses) {
   for (int64_t n = blockIdx.x; n < rows.N; n += gridDim.x) {
     const T* x = rows.x + n * rows.C;
     const auto t = targets.row(n * rows.C);
@@ -117,9 +127,9 @@ __global__ void FUSED_OPS_ANY_BLOCK reduce_losses(DeviceRows<T> rows, const Acc*
 // dx_c = g·(A·p_c − t_c)·k_c and dy_c = g·dt/dy·(lse − s_c), where not null. dx may lie where x does: a thread reads an
 // element before it writes it, and nobody else reads it. `dlosses` is null for ones, `divisor` but for the mean.
 template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-__global__ void FUSED_OPS_ANY_BLOCK row_gradients(DeviceRows<T> rows, Cap cap, Targets targets, const Acc* m,
-                                                  const Acc* log_z, const Acc* dlosses, bool per_row,
-                                                  const Acc* divisor, T* dlogits, T* dtarget) {
+__global__ void __launch_bounds__(kMostThreads<T>, 1)
+    row_gradients(DeviceRows<T> rows, Cap cap, Targets targets, const Acc* m, const Acc* log_z, const Acc* dlosses,
+                  bool per_row, const Acc* divisor, T* dlogits, T* dtarget) {
   const Acc share = rows.label_smoothing / rows.C;
   Acc w_sum = 0;  // Σ w, of smoothed class indices
   if constexpr (Targets::kDense && !Targets::kProbabilities) w_sum = sum_targets<Acc>(rows.C, targets);
@@ -153,7 +163,7 @@ void launch_gradients(const Rows& rows, const Acc* stats, const Acc* dlosses, co
                       T* dtarget) {
   if (rows.R == 0 || rows.C == 0) return;
   dispatch_forms<T>(rows, [&](auto cap, auto targets) {
-    launch(rows.logits, rows.R, threads_for(rows.C), row_gradients<T, decltype(cap), decltype(targets)>,
+    launch(rows.logits, rows.R, threads_for_row<T>(rows.C), row_gradients<T, decltype(cap), decltype(targets)>,
            DeviceRows<T>(rows), cap, targets, stats, stats + rows.R, dlosses, rows.per_row,
            rows.mean ? divisor : nullptr, dlogits, dtarget);
   });
@@ -214,8 +224,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, 
     Acc* of_row = losses.mutable_data_ptr<Acc>();
     if (rows.R > 0)
       dispatch_forms<T>(rows, [&](auto cap, auto targets) {
-        launch(logits, rows.R, threads_for(rows.C), row_losses<T, decltype(cap), decltype(targets)>, on_device, cap,
-               targets, m, m + rows.R, of_row);
+        launch(logits, rows.R, threads_for_row<T>(rows.C), row_losses<T, decltype(cap), decltype(targets)>, on_device,
+               cap, targets, m, m + rows.R, of_row);
       });
     launch(logits, 1, threads_for(rows.R), reduce_losses<T>, on_device, of_row, rows.mean,
            rows.per_row ? nullptr : loss.mutable_data_ptr<Acc>(), divisor.mutable_data_ptr<Acc>());
