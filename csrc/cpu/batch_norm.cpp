@@ -31,7 +31,7 @@ template <typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* shift, Acc* sum, Acc* squares) {
   for (Acc* v : {shift, sum, squares}) std::fill(v + t.c_begin, v + t.c_end, Acc(0));
   for (int64_t o = t.o_begin; o < t.o_end; o += 8)
-    add_up_row(l, t, o, shift, sum, [=](int64_t, int64_t i) { return Pair<Acc>{widen(x[i]), 0}; });
+    add_up_rows<1>(l, t, o, 0, shift, sum, [=](int64_t, int64_t i) { return Pair<Acc>{widen(x[i]), 0}; });
   const Acc count = static_cast<Acc>(ceil_div(t.rows(), 8) * (t.i_end - t.i_begin));
   for (int64_t c = t.c_begin; c < t.c_end; ++c) shift[c] /= count;
   add_up(l, t, sum, squares, [=](int64_t c, int64_t i) {

@@ -42,22 +42,25 @@ struct Pair {
   Acc first, second;
 };
 
-// add_up over the kRows rows (o) o, o + step, o + 2·step, ... of a tile: what they add to is then read and written once
-// for all of these, and none waits for each addition.
-template <bool kChannelsLast, int64_t kRows, typename Acc, typename Value>
+// Sums are taken over so many rows (o) at once: what they add to is then read and written once for all of these, and
+// none waits for each addition. The rows are a quarter of the tile apart, so that memory is read in long runs.
+constexpr int64_t kRows = 4;
+
+// add_up, over the `rows` rows o, o + step, o + 2·step, ... of a tile.
+template <int64_t rows, typename Acc, typename Value>
 inline void add_up_rows(const Layout& l, const Tile& t, int64_t o, int64_t step, Acc* first, Acc* second,
                         const Value& value) {
   const int64_t row_size = l.channels * l.inner, index = o * row_size;
   const auto sum_of_rows = [=](int64_t c, int64_t i) {
     Pair<Acc> sum = value(c, i);
-    for (int64_t r = 1; r < kRows; ++r) {
+    for (int64_t r = 1; r < rows; ++r) {
       const Pair<Acc> values = value(c, i + r * step * row_size);
       sum.first += values.first;
       sum.second += values.second;
     }
     return sum;
   };
-  if constexpr (kChannelsLast) {
+  if (l.inner == 1) {
 #pragma omp simd
     for (int64_t c = t.c_begin; c < t.c_end; ++c) {
       const Pair<Acc> sum = sum_of_rows(c, index + c);
@@ -79,37 +82,20 @@ inline void add_up_rows(const Layout& l, const Tile& t, int64_t o, int64_t step,
   }
 }
 
-// add_up in a layout, kRows rows at once, which are apart, so that memory is read in long runs.
-template <bool kChannelsLast, int64_t kRows, typename Acc, typename Value>
-inline void add_up_in(const Layout& l, const Tile& t, Acc* first, Acc* second, const Value& value) {
-  const int64_t step = t.rows() / kRows, rest = t.o_begin + step * kRows;
-  for (int64_t o = t.o_begin; o < t.o_begin + step; ++o)
-    add_up_rows<kChannelsLast, kRows>(l, t, o, step, first, second, value);
-  for (int64_t o = rest; o < t.o_end; ++o) add_up_rows<kChannelsLast, 1>(l, t, o, 0, first, second, value);
-}
-
 // first[c] += Σ value(c, index).first over a tile, and so for second; c and index as in for_each. Where channels come
 // last first and second are vectors, else sums of a channel are scalars.
 template <typename Acc, typename Value>
 inline void add_up(const Layout& l, const Tile& t, Acc* first, Acc* second, const Value& value) {
-  if (l.inner == 1)
-    add_up_in<true, 2>(l, t, first, second, value);
-  else
-    add_up_in<false, 4>(l, t, first, second, value);
-}
-
-// add_up over the row o alone.
-template <typename Acc, typename Value>
-inline void add_up_row(const Layout& l, const Tile& t, int64_t o, Acc* first, Acc* second, const Value& value) {
-  add_up(l, Tile{o, o + 1, t.c_begin, t.c_end, t.i_begin, t.i_end}, first, second, value);
+  const int64_t step = t.rows() / kRows;
+  for (int64_t o = t.o_begin; o < t.o_begin + step; ++o) add_up_rows<kRows>(l, t, o, step, first, second, value);
+  for (int64_t o = t.o_begin + step * kRows; o < t.o_end; ++o) add_up_rows<1>(l, t, o, 0, first, second, value);
 }
 
 constexpr int64_t kChannels = 1024;  // the most of a tile
 
 // All tiles of a batch: each block of channels is cut into the same parts of the outer and inner dimensions.
 struct Tiling {
-  static constexpr int64_t kLeastRows = 4;    // of a tile, as many as are added up at once
-  static constexpr int64_t kMostRows = 1024;  // sums over more lose precision
+  static constexpr int64_t kMostRows = 1024;  // of a tile: sums over more lose precision
   static constexpr int64_t kCached = 131072;  // elements of a block that stay in cache: 512 KiB of float32
   Layout layout;
   int64_t o_size, c_size, i_size, i_count;  // of a tile
@@ -121,8 +107,8 @@ struct Tiling {
     const bool stays = two_passes && outer * inner <= kCached;
     const int64_t most = inner == 1 ? kChannels : kElementsPerTask / (stays ? outer * inner : inner);
     c_size = even_size(l.channels, std::min(std::max<int64_t>(1, most), kChannels));
-    i_size = even_size(inner, kElementsPerTask / kLeastRows);
-    o_size = std::max<int64_t>(1, kElementsPerTask / (c_size * i_size * kLeastRows)) * kLeastRows;
+    i_size = even_size(inner, kElementsPerTask / kRows);
+    o_size = std::max<int64_t>(1, kElementsPerTask / (c_size * i_size * kRows)) * kRows;
     o_size = std::min({o_size, outer, kMostRows});
     i_count = ceil_div(inner, i_size);
     blocks = ceil_div(l.channels, c_size);
