@@ -348,9 +348,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
       launch(batch.input, split.blocks(), split.threads(), normalise<P, T>, split, terms, statistics, in_parts, out);
     });
   });
-  // A copy of a tensor onto itself moves nothing, but tells autograd that it was written to.
-  for (auto running : {running_mean, running_var})
-    if (running && training && input.numel() > 0) torch::stable::copy_(*running, *running);
+  for (const auto& running : {running_mean, running_var})
+    if (running && training && input.numel() > 0) copy_back(*running, *running);
   return {y, mean, rstd};
 }
 
@@ -364,8 +363,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
   dy = batch.alike(dy, "dy");
   if (residual) residual = batch.alike(*residual, "residual");
   const auto acc_type = accumulate_type(input.scalar_type());
-  mean = torch::stable::contiguous(mean);
-  rstd = torch::stable::contiguous(rstd);
+  mean = as_contiguous(mean);
+  rstd = as_contiguous(rstd);
   for (const auto& [statistic, name] : {std::pair(mean, "mean"), std::pair(rstd, "rstd")}) {
     check_vector(statistic, batch.layout.channels, acc_type, name);
     check_same_device(statistic, batch.input, name);

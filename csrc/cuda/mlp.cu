@@ -196,9 +196,8 @@ struct Call {
                        ChannelVector<T>(running_mean, W2, "running_mean", training),
                        ChannelVector<T>(running_var, W2, "running_var", training),
                        Norm<Acc>{training, static_cast<Acc>(momentum), static_cast<Acc>(eps)}, examples, emit, losses);
-    // A copy of a tensor onto itself moves nothing, but tells autograd that it was written to.
-    for (auto running : {running_mean, running_var})
-      if (running && training) torch::stable::copy_(*running, *running);
+    for (const auto& running : {running_mean, running_var})
+      if (running && training) copy_back(*running, *running);
   }
 };
 
