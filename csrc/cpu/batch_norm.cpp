@@ -24,20 +24,68 @@ extern template Passes<c10::BFloat16> passes_with(const std::optional<std::strin
 
 namespace {
 
-// Of the values of each channel in a tile, less the mean of every eighth row: the sum and the sum of squares. These s
-// of n rows keep it exact: their mean is at most √(n/s) standard deviations from the mean of all, whatever the values,
-// so that subtracting what the shift adds to the squares loses at most a factor of 1 + n/s in precision.
+// Merges the moments of a channel's values in the rows o, o + step, o + 2·step, ... with those of `before` values, as
+// by Chan, Golub and LeVeque (1979). The values are taken in two passes, of which the second mends what the first one's
+// mean has lost to rounding: so the moments are exact whatever the values, and memory is read once.
+template <int64_t rows, typename T, typename Acc = accumulate_t<T>>
+inline void merge_rows(const Layout& l, const Tile& t, int64_t o, int64_t step, Acc before, const T* x, Acc* mean,
+                       Acc* m2) {
+  const int64_t row_size = l.channels * l.inner, index = o * row_size;
+  const auto value = [=](int64_t r, int64_t i) { return widen(x[index + r * step * row_size + i]); };
+  const auto sum = [=](int64_t i) {
+    Acc of_rows = value(0, i);
+    for (int64_t r = 1; r < rows; ++r) of_rows += value(r, i);
+    return of_rows;
+  };
+  const auto distances = [=](int64_t i, Acc centre) {  // and their squares
+    Pair<Acc> of_rows{0, 0};
+    for (int64_t r = 0; r < rows; ++r) {
+      const Acc distance = value(r, i) - centre;
+      of_rows.first += distance;
+      of_rows.second += distance * distance;
+    }
+    return of_rows;
+  };
+  const auto merge = [=](int64_t c, Acc count, Acc centre, Acc distance, Acc squares) {
+    const Acc share = count / (before + count), delta = centre - mean[c] + distance / count;
+    mean[c] += delta * share;
+    m2[c] += squares - distance * (distance / count) + delta * delta * (before * share);
+  };
+  if (l.inner == 1) {
+#pragma omp simd
+    for (int64_t c = t.c_begin; c < t.c_end; ++c) {
+      const Acc centre = sum(c) / rows;
+      const Pair<Acc> of_rows = distances(c, centre);
+      merge(c, rows, centre, of_rows.first, of_rows.second);
+    }
+  } else {
+    const Acc count = static_cast<Acc>(rows * (t.i_end - t.i_begin));
+    for (int64_t c = t.c_begin; c < t.c_end; ++c) {
+      const int64_t begin = c * l.inner + t.i_begin, end = c * l.inner + t.i_end;
+      Acc total = 0, distance = 0, squares = 0;
+#pragma omp simd reduction(+ : total)
+      for (int64_t i = begin; i < end; ++i) total += sum(i);
+      const Acc centre = total / count;
+#pragma omp simd reduction(+ : distance, squares)
+      for (int64_t i = begin; i < end; ++i) {
+        const Pair<Acc> of_rows = distances(i, centre);
+        distance += of_rows.first;
+        squares += of_rows.second;
+      }
+      merge(c, count, centre, distance, squares);
+    }
+  }
+}
+
+// Of the values of each channel in a tile: the mean and the sum of the squared distances from it.
 template <typename T, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* shift, Acc* sum, Acc* squares) {
-  for (Acc* v : {shift, sum, squares}) std::fill(v + t.c_begin, v + t.c_end, Acc(0));
-  for (int64_t o = t.o_begin; o < t.o_end; o += 8)
-    add_up_rows<1>(l, t, o, 0, shift, sum, [=](int64_t, int64_t i) { return Pair<Acc>{widen(x[i]), 0}; });
-  const Acc count = static_cast<Acc>(ceil_div(t.rows(), 8) * (t.i_end - t.i_begin));
-  for (int64_t c = t.c_begin; c < t.c_end; ++c) shift[c] /= count;
-  add_up(l, t, sum, squares, [=](int64_t c, int64_t i) {
-    const Acc distance = widen(x[i]) - shift[c];
-    return Pair<Acc>{distance, distance * distance};
-  });
+FUSED_OPS_VECTORIZED void tile_moments(const Layout& l, const Tile& t, const T* x, Acc* mean, Acc* m2) {
+  for (Acc* v : {mean, m2}) std::fill(v + t.c_begin, v + t.c_end, Acc(0));
+  const int64_t step = t.rows() / kRows, run = t.i_end - t.i_begin;
+  for (int64_t k = 0; k < step; ++k)
+    merge_rows<kRows>(l, t, t.o_begin + k, step, static_cast<Acc>(k * kRows * run), x, mean, m2);
+  for (int64_t k = step * kRows; k < t.rows(); ++k)
+    merge_rows<1>(l, t, t.o_begin + k, 0, static_cast<Acc>(k * run), x, mean, m2);
 }
 
 // Uninitialised scratch: values of each channel for each part of a tiling.
@@ -53,22 +101,21 @@ class PerPart {
   std::unique_ptr<Acc[]> values_;
 };
 
-// The mean and the biased variance of each channel of a block from the moments of its tiles, merged as by Chan, Golub
-// and LeVeque (1979). NaN of an empty batch.
+// The mean and the biased variance of each channel of a block from the moments of its tiles, merged in the same way.
+// NaN of an empty batch.
 template <typename Acc>
-FUSED_OPS_VECTORIZED void merge_moments(const Tiling& tiling, int64_t c_begin, int64_t c_end, const PerPart<Acc>& shift,
-                                        const PerPart<Acc>& sum, const PerPart<Acc>& squares, Acc* mean, Acc* var) {
+FUSED_OPS_VECTORIZED void merge_moments(const Tiling& tiling, int64_t c_begin, int64_t c_end,
+                                        const PerPart<Acc>& mean_of, const PerPart<Acc>& m2_of, Acc* mean, Acc* var) {
   double means[kChannels] = {}, m2s[kChannels] = {}, total = 0;
   for (int64_t part = 0; part < tiling.parts; ++part) {
     const Tile t = tiling.tile(0, part);
     const double count = static_cast<double>(t.rows() * (t.i_end - t.i_begin)), share = count / (total + count);
-    const Acc *shift_c = shift[part] + c_begin, *sum_c = sum[part] + c_begin, *squares_c = squares[part] + c_begin;
+    const Acc *mean_c = mean_of[part] + c_begin, *m2_c = m2_of[part] + c_begin;
 #pragma omp simd
     for (int64_t c = 0; c < c_end - c_begin; ++c) {
-      const double distance = sum_c[c] / count, m2 = squares_c[c] - distance * sum_c[c];
-      const double delta = shift_c[c] + distance - means[c];
+      const double delta = mean_c[c] - means[c];
       means[c] += delta * share;
-      m2s[c] += (m2 < 0 ? 0 : m2) + delta * delta * total * share;
+      m2s[c] += m2_c[c] + delta * delta * total * share;
     }
     total += count;
   }
@@ -157,19 +204,19 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
       tiling.for_tiles([&](const Tile& t, int64_t) { apply(t); });
       return;
     }
-    const PerPart<Acc> shift(tiling), sum(tiling), squares(tiling);
-    tiling.for_tiles_twice(
-        [&](const Tile& t, int64_t part) { tile_moments<T>(l, t, x, shift[part], sum[part], squares[part]); },
-        [&](int64_t c_begin, int64_t c_end) {
-          merge_moments(tiling, c_begin, c_end, shift, sum, squares, mean, var.data());
-          scale_from_var(c_begin, c_end);
-          if (N == 0) return;
-          const Acc share = static_cast<Acc>(momentum), unbiased = static_cast<Acc>(N) / static_cast<Acc>(N - 1);
-          if (running_means) move(running_means, mean, share, c_begin, c_end);
-          for (int64_t c = c_begin; c < c_end; ++c) var[c] *= unbiased;
-          if (running_vars) move(running_vars, var.data(), share, c_begin, c_end);
-        },
-        apply);
+    const PerPart<Acc> mean_of(tiling), m2_of(tiling);
+    tiling.for_tiles_twice([&](const Tile& t, int64_t part) { tile_moments<T>(l, t, x, mean_of[part], m2_of[part]); },
+                           [&](int64_t c_begin, int64_t c_end) {
+                             merge_moments(tiling, c_begin, c_end, mean_of, m2_of, mean, var.data());
+                             scale_from_var(c_begin, c_end);
+                             if (N == 0) return;
+                             const Acc share = static_cast<Acc>(momentum),
+                                       unbiased = static_cast<Acc>(N) / static_cast<Acc>(N - 1);
+                             if (running_means) move(running_means, mean, share, c_begin, c_end);
+                             for (int64_t c = c_begin; c < c_end; ++c) var[c] *= unbiased;
+                             if (running_vars) move(running_vars, var.data(), share, c_begin, c_end);
+                           },
+                           apply);
   });
   if (training && N > 0 && running_mean) copy_back(*running_mean, *running_mean_c);
   if (training && N > 0 && running_var) copy_back(*running_var, *running_var_c);

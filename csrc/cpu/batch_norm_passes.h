@@ -35,7 +35,9 @@ inline void with_z(const PreActivation<T>& f, const Use& use) {
 
 template <typename A, typename T>
 FUSED_OPS_VECTORIZED void tile_forward(const Layout& l, const Tile& t, const PreActivation<T>& f, T* y) {
-  with_z(f, [&](const auto& z) { for_each(l, t, [=](int64_t c, int64_t i) { y[i] = narrow<T>(A::value(z(c, i))); }); });
+  with_z(f, [&](const auto& z) {
+    write_each(l, t, y, [=](int64_t c, int64_t i) { return narrow<T>(A::value(z(c, i))); });
+  });
 }
 
 // use(dz), where dz(c, i) = dy·a'(z). Without an activation it is dy.
@@ -80,11 +82,11 @@ FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const Pr
       return dz_i;
     };
     if (dx && means.dz) {
-      for_each(l, t, [=, dz_mean = means.dz, slope = means.slope](int64_t c, int64_t i) {
-        dx[i] = narrow<T>(scale[c] * (dz_kept(c, i) - dz_mean[c] - (widen(x[i]) - mean[c]) * slope[c]));
+      write_each(l, t, dx, [=, dz_mean = means.dz, slope = means.slope](int64_t c, int64_t i) {
+        return narrow<T>(scale[c] * (dz_kept(c, i) - dz_mean[c] - (widen(x[i]) - mean[c]) * slope[c]));
       });
     } else if (dx) {
-      for_each(l, t, [=](int64_t c, int64_t i) { dx[i] = narrow<T>(scale[c] * dz_kept(c, i)); });
+      write_each(l, t, dx, [=](int64_t c, int64_t i) { return narrow<T>(scale[c] * dz_kept(c, i)); });
     } else {
       for_each(l, t, [=](int64_t c, int64_t i) { dz_kept(c, i); });
     }

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "../layout.h"
+#include "stream.h"
 #include "vectorize.h"
 
 namespace fused_ops {
@@ -35,6 +36,33 @@ inline void for_each(const Layout& l, const Tile& t, const F& f) {
       }
     }
   }
+}
+
+// out[index] = value(c, index) for each element of a tile.
+template <typename T, typename Value>
+inline void write_each(const Layout& l, const Tile& t, T* out, const Value& value) {
+  if (l.outer * l.channels * l.inner * static_cast<int64_t>(sizeof(T)) < kStreamed)
+    return for_each(l, t, [=](int64_t c, int64_t i) { out[i] = value(c, i); });
+  constexpr int64_t kRun = 1024;  // elements
+  alignas(64) T run[kRun];
+  const bool channels_last = l.inner == 1;
+  const int64_t begin = channels_last ? t.c_begin : t.i_begin, end = channels_last ? t.c_end : t.i_end;
+  for (int64_t o = t.o_begin; o < t.o_end; ++o)
+    for (int64_t row_c = channels_last ? 0 : t.c_begin; row_c < (channels_last ? 1 : t.c_end); ++row_c) {
+      const int64_t row = (o * l.channels + row_c) * l.inner;
+      for (int64_t first = begin; first < end; first += kRun) {
+        const int64_t n = std::min(kRun, end - first), index = row + first;
+        if (channels_last) {
+#pragma omp simd
+          for (int64_t k = 0; k < n; ++k) run[k] = value(first + k, index + k);
+        } else {
+#pragma omp simd
+          for (int64_t k = 0; k < n; ++k) run[k] = value(row_c, index + k);
+        }
+        stream(run, n, out + index);
+      }
+    }
+  finish_streams();
 }
 
 template <typename Acc>

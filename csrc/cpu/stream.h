@@ -1,0 +1,39 @@
+// Outputs that no cache keeps until they are read again go past the caches: a line that is written there has to be
+// read from memory first, which for an op that does little more than read and write is a third of its work.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace fused_ops {
+
+constexpr int64_t kStreamed = int64_t{1} << 22;  // bytes of an output, from which on it is written past the caches
+
+// n elements from a buffer in cache to memory.
+template <typename T>
+inline void stream(const T* from, int64_t n, T* to) {
+#if defined(__SSE2__)
+  constexpr int64_t kEach = sizeof(__m128i) / sizeof(T);
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) / sizeof(T);
+  const int64_t begin = std::min(n, (kEach - misaligned) % kEach), end = begin + (n - begin) / kEach * kEach;
+  std::copy(from, from + begin, to);
+  for (int64_t i = begin; i < end; i += kEach)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  std::copy(from + end, from + n, to + end);
+#else
+  std::copy(from, from + n, to);
+#endif
+}
+
+// Before others read what has been streamed.
+inline void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace fused_ops
