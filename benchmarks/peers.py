@@ -1,8 +1,8 @@
 """The peers of docs/peers.md: other libraries' fused ops, measured on CUDA beside ours where they are installed.
 
-Each function here imports a peer's op and returns it, as a function of the case's tensors that calls it as a user would.
-The version is the one whose source it was written for; on a card none has been run yet. There is none for batch norm:
-those of apex and inplace_abn take other dtypes or compute another function (docs/peers.md).
+Each function here imports a peer's op and returns it, as a function of the case's tensors, as a user would call it. The
+version is the one whose source it was written for; on a card none has been run yet. There is none for batch norm: those
+of apex and inplace_abn take other dtypes or compute another function (docs/peers.md).
 """
 
 import functools
