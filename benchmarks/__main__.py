@@ -81,7 +81,7 @@ def main():
     machine = report.machine(args.device)
     console.print(report.description(machine), soft_wrap=True)
     rows, skipped = measure(cases, args, console)
-    for table in report.tables(rows):
+    for table in report.tables(rows, skipped):
         console.print(table)
     console.print("÷ eager, ÷ limit: of both passes together; what a limit is, docs/benchmarks.md says.")
     report.write(args.output, machine, rows, skipped)

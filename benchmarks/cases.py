@@ -16,7 +16,7 @@ Targets, parameters and statistics are small beside these and not counted.
 
 import functools
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as torch_F
 
 import fused_ops
 import fused_ops.functional as F
-from benchmarks import memory
+from benchmarks import memory, peers
 
 PASSES = ("forward", "backward", "both")
 FUSED = "fused_ops"
@@ -36,7 +36,7 @@ CHUNKED = "PyTorch, chunked"
 class Implementation:
     function: Callable  # of the case's tensors
     context: Callable = nullcontext  # entered around forward and backward
-    optional: bool = False  # may fail, as a compiler may be missing: a row less, and the reason
+    optional: bool = False  # not ours: may be missing, fail or be wrong, and the row gives no times but the reason
     overwrites: bool = False  # its inputs: it gets some of its own
 
 
@@ -234,7 +234,13 @@ def mlp(rows, characters, embedding, hidden, vocab_size, **options):
 
 
 def all_cases(device):
-    return {"cpu": cpu_cases, "cuda": cuda_cases}[device]()
+    return cpu_cases() if device == "cpu" else map(_with_peers, cuda_cases())
+
+
+def _with_peers(case):
+    found = peers.installed(case.op).items()
+    others = {name: Implementation(peer.function, optional=True, overwrites=peer.overwrites) for name, peer in found}
+    return replace(case, others=case.others | others)
 
 
 def cpu_cases():

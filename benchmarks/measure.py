@@ -52,23 +52,22 @@ class CaseRun:
         self.own_sets = {}  # of an implementation that overwrites its inputs
         self.speed_probes = self._speed_probes()
         for name, implementation in case.implementations().items():
-            if implementation.overwrites:
-                self.own_sets[name] = [tensors.copy() for tensors in self.sets]
-            tensors = self._sets_of(name)[0]
             try:
+                if implementation.overwrites:
+                    self.own_sets[name] = [tensors.copy() for tensors in self.sets]
+                tensors = self._sets_of(name)[0]
                 with implementation.context():
                     results = _results(implementation, tensors)
                     expected = expected or results
                     _check(name, results, expected, TOLERANCE[case.dtype])
                     del results
                     self.peaks[name] = peak(lambda: _results(implementation, tensors), tensors, device)  # noqa: B023
-            except WrongResult:
-                raise
             except Exception as error:
                 # The memory may not suffice for one that PyTorch's eager mode, the first, needs less than.
                 if not implementation.optional and not (expected and isinstance(error, torch.OutOfMemoryError)):
                     raise
-                self.skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                self.skipped[name] = reason(error)
+                self.own_sets.pop(name, None)
                 continue
             self.implementations[name] = implementation
 
@@ -162,6 +161,11 @@ class CaseRun:
     @property
     def nbytes(self):
         return self.sets[0].nbytes()
+
+
+def reason(error):
+    """In one line; a bare `assert`, as other libraries have them, says nothing but its type."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def columns(of_pass):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import peers
 from benchmarks.cases import FUSED, PASSES
 from benchmarks.memory import processor
 
@@ -30,6 +32,7 @@ def machine(device):
         "load_average": round(os.getloadavg()[0], 2),  # before the run: whether the machine had something else to do
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
+        "peers": peers.versions() if device == "cuda" else "",
     }
 
 
@@ -43,37 +46,41 @@ def _commit():
 
 def description(machine):
     on = machine["processor"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['processor']}"
-    return (
-        f"torch {machine['torch']}, {machine['threads']} threads on {machine['cores']} cores, {on}, {machine['date']}"
-    )
+    threads = f"{machine['threads']} threads on {machine['cores']} cores"
+    return ", ".join(filter(None, (f"torch {machine['torch']}", machine["peers"], threads, on, machine["date"])))
 
 
-def tables(rows, style=box.SIMPLE_HEAD):
+def tables(rows, skipped, style=box.SIMPLE_HEAD):
     """A table for each op."""
     for op in dict.fromkeys(row["op"] for row in rows):
         table = Table(title=f"{op}: milliseconds, ratios, peak memory", title_justify="left", box=style)
         table.add_column("", no_wrap=True)
         for header in (*PASSES, "÷ eager", "÷ limit", "MiB"):
             table.add_column(header, justify="right", min_width=8)
-        previous = None
-        for row in rows:
-            if row["op"] != op:
-                continue
-            if (case := _case(row)) != previous:
-                if style != box.MARKDOWN:  # which would show a row of dashes
-                    table.add_section()
-                limits = [_number(row[f"{of_pass}_limit_ms"]) for of_pass in PASSES]
-                table.add_row(f"{case}: limit", *limits, "", "1.00", "", style="italic")
-            table.add_row(
-                row["implementation"],
-                *(_number(row[f"{of_pass}_ms"]) for of_pass in PASSES),
-                _number(row["both_to_eager"]),
-                _number(row["both_to_limit"]),
-                "" if row["peak_mib"] is None else f"{max(0, row['peak_mib']):.0f}",
-                style="bold" if row["implementation"] in (FUSED, "network") else None,
-            )
-            previous = case
+        for name, of_case in itertools.groupby((row for row in rows if row["op"] == op), key=_name):
+            first, *_ = of_case = list(of_case)
+            if style != box.MARKDOWN:  # which would show a row of dashes
+                table.add_section()
+            limits = [_number(first[f"{of_pass}_limit_ms"]) for of_pass in PASSES]
+            table.add_row(f"{_case(first)}: limit", *limits, "", "1.00", "", style="italic")
+            for row in of_case:
+                table.add_row(
+                    row["implementation"],
+                    *(_number(row[f"{of_pass}_ms"]) for of_pass in PASSES),
+                    _number(row["both_to_eager"]),
+                    _number(row["both_to_limit"]),
+                    "" if row["peak_mib"] is None else f"{max(0, row['peak_mib']):.0f}",
+                    style="bold" if row["implementation"] in (FUSED, "network") else None,
+                )
+            for of_skipped in skipped:
+                if of_skipped.startswith(f"{name}, "):
+                    table.add_row(of_skipped.removeprefix(f"{name}, "), "failed")
         yield table
+
+
+def _name(row):
+    """The case's, as in `skipped`, which has the reasons by the names of case and implementation."""
+    return " ".join(filter(None, (row["op"], "x".join(map(str, row["shape"])), row["dtype"], row["variant"])))
 
 
 def _case(row):
@@ -96,14 +103,18 @@ def write(output, machine, rows, skipped):
         writer = csv.DictWriter(file, [*rows[0], *machine])
         writer.writeheader()
         writer.writerows({**row, "shape": "x".join(map(str, row["shape"])), **machine} for row in rows)
-    (output / "results.md").write_text(_markdown(machine, rows), encoding="utf-8")
+    (output / "results.md").write_text(_markdown(machine, rows, skipped), encoding="utf-8")
 
 
-def _markdown(machine, rows):
+def _markdown(machine, rows, skipped):
     console = Console(file=io.StringIO(), width=200)
     console.print(f"{description(machine)}, commit {machine['commit']}.", soft_wrap=True)
-    for table in tables(rows, box.MARKDOWN):
+    for table in tables(rows, skipped, box.MARKDOWN):
         console.print(f"\n## {table.title}")
         table.title = None
         console.print(table)
+    if skipped:
+        console.print("\n## Failed\n")
+    for name, reason in skipped.items():
+        console.print(f"- {name}: {reason}", markup=False, soft_wrap=True)
     return "".join(f"{line.rstrip()}\n" for line in console.file.getvalue().splitlines())

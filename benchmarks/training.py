@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.measure import CaseRun, WrongResult, moment, product
+from benchmarks.measure import CaseRun, WrongResult, moment, product, reason
 from fused_ops import ladder
 
 EXAMPLES = 180_000  # to draw from, as the names have
@@ -122,7 +122,7 @@ class TrainingRun(CaseRun):
                 except Exception as error:  # as a compiler may be missing
                     if name != "torch.compile":
                         raise
-                    self.skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                    self.skipped[name] = reason(error)
                     continue
                 expected = losses if expected is None else expected
                 if not (losses - expected).abs().max() < 1e-3:

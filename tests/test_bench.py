@@ -2,16 +2,21 @@
 
 import csv
 import dataclasses
+import io
 import json
+import re
 import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks import cases, measure, training
+from benchmarks import cases, measure, peers, plots, report, training
+from benchmarks.__main__ import measure as measure_all
 from benchmarks.measure import CaseRun
 from fused_ops import ladder
 
@@ -114,7 +119,7 @@ def test_cuda_cases_have_the_sizes_that_are_worth_a_card():
 
 
 def shrunken_cuda_cases(monkeypatch):
-    """The cases of CUDA at sizes for any machine, and without torch.compile, which takes long and is tested above."""
+    """The cases of CUDA at sizes for any machine, without peers, and without torch.compile, which takes long."""
 
     def smaller(make):
         def shrink(value):
@@ -129,6 +134,7 @@ def shrunken_cuda_cases(monkeypatch):
     for make in (cases.cross_entropy, cases.linear_cross_entropy, cases.batch_norm):
         monkeypatch.setattr(cases, make.__name__, smaller(make))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(peers, "PEERS", {})
     return list(cases.all_cases("cuda"))
 
 
@@ -138,6 +144,7 @@ def test_cuda_cases_agree_with_eager_when_small(monkeypatch):
     for case in shrunken:
         run = CaseRun(case, "cpu", seconds=0)  # raises where an implementation gives something else
         assert run.skipped.keys() <= {cases.CHUNKED}
+        assert not any(reason.startswith("WrongResult") for reason in run.skipped.values())
         for name in (None, *run.implementations):
             run.block(name)
         assert {row["implementation"] for row in run.rows()} == run.implementations.keys()
@@ -198,6 +205,100 @@ def test_memory_may_not_suffice_for_one_but_must_for_eager(monkeypatch):
     assert cases.FUSED not in run.implementations
     with pytest.raises(torch.OutOfMemoryError):
         CaseRun(dataclasses.replace(case, eager=out_of_memory), "cpu", seconds=0)
+
+
+# As a machine may have them: peers that work (Liger's overwrites its input, apex's takes target 0 for padding unless it
+# is told), one that is wrong, one that fails without a word, and one installed without its op.
+FAKE_PEERS = {
+    "liger_kernel.transformers.functional": """
+        def liger_cross_entropy(input, target):
+            loss = cross_entropy(input.clone(), target)
+            input.data.zero_()
+            return loss
+        def liger_fused_linear_cross_entropy(input, weight, target):
+            return cross_entropy(linear(input, weight), target)
+        """,
+    "apex.contrib.xentropy": """
+        class SoftmaxCrossEntropyLoss:
+            def apply(logits, labels, smoothing=0.0, padding_idx=0):
+                return cross_entropy(logits, labels, reduction="none").masked_fill(labels == padding_idx, 0)
+        """,
+    "quack.cross_entropy": """
+        def cross_entropy(x, target):
+            return 2 * torch.nn.functional.cross_entropy(x, target)
+        """,
+    "flash_attn.losses.cross_entropy": """
+        class CrossEntropyLoss:
+            def __call__(self, input, target):
+                assert input.is_cuda
+        """,
+    "cut_cross_entropy": "",
+}
+
+
+@pytest.fixture
+def fake_peers(tmp_path, monkeypatch):
+    for name, source in FAKE_PEERS.items():
+        folder = tmp_path
+        for part in name.split("."):
+            folder /= part
+            folder.mkdir(exist_ok=True)
+            (folder / "__init__.py").touch()
+        head = "import torch\nfrom torch.nn.functional import cross_entropy, linear\n"
+        (folder / "__init__.py").write_text(head + textwrap.dedent(source), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    yield
+    packages = {name.partition(".")[0] for name in FAKE_PEERS}
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("fake_peers")
+def test_peers_are_measured_and_one_that_fails_does_not_end_the_run(tmp_path):
+    quick = [case for case in cases.all_cases("cuda") if case.quick and case.op in peers.PEERS]
+    args = types.SimpleNamespace(device="cpu", quick=True, blocks=1)
+    rows, skipped = measure_all(quick, args, Console(file=io.StringIO()))
+    measured = {(row["op"], row["implementation"]) for row in rows}
+    assert {(op, name) for op in peers.PEERS for name in ("eager", "Liger", cases.FUSED)} <= measured
+    assert ("cross_entropy", "apex") in measured
+    reasons = {
+        "cross_entropy 32x27 float32, quack": "WrongResult: quack is off by",
+        "cross_entropy 32x27 float32, flash-attention": "AssertionError$",
+        "linear_cross_entropy 256x128x4096 float32, quack": "ModuleNotFoundError: No module named",
+        "linear_cross_entropy 256x128x4096 float32, Cut Cross-Entropy": "ImportError: cannot import name",
+    }
+    assert skipped.keys() - {f"linear_cross_entropy 256x128x4096 float32, {cases.CHUNKED}"} == reasons.keys()
+    for name, reason in reasons.items():
+        assert re.match(reason, skipped[name])
+
+    report.write(tmp_path / "out", report.machine("cpu"), rows, skipped)
+    written = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"^\| (quack|flash-attention|Cut Cross-Entropy) +\| +failed \|", written, re.M)) == len(
+        reasons
+    )
+    assert all(f"- {name}: {reason}" in written for name, reason in skipped.items())
+
+
+@pytest.mark.usefixtures("fake_peers")
+def test_only_a_peer_that_overwrites_its_inputs_has_its_own():
+    case = next(case for case in cases.all_cases("cuda") if case.op == "cross_entropy")
+    run = CaseRun(case, "cpu", seconds=0)
+    assert run.own_sets.keys() == {"Liger", cases.IN_PLACE}
+    assert run.sets[0].args[0].any()
+    assert not run.own_sets["Liger"][0].args[0].any()
+
+
+def test_peers_are_for_cuda_and_where_they_are_installed(fake_peers, monkeypatch):
+    assert peers.versions() == "liger_kernel, quack, flash_attn, apex, cut_cross_entropy"  # the fakes have no metadata
+    assert not any(case.others.keys() - {cases.CHUNKED} for case in cases.all_cases("cpu"))
+    monkeypatch.setattr(peers.util, "find_spec", lambda package: None)
+    assert not any(case.others.keys() - {cases.CHUNKED} for case in cases.all_cases("cuda"))
+    assert peers.versions() == ""
+
+
+def test_every_peer_is_drawn():
+    assert plots.COLORS.keys() >= {name for op in peers.PEERS.values() for name in op}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
