@@ -92,28 +92,16 @@ def differentiable(op, function, results=None):
     the second derivative would silently lack a part.
     """
     function.generate_vmap_rule = function.vmap is torch.autograd.Function.vmap
-
-    def apply(*args):
-        stack = torch._C._functorch.get_interpreter_stack() or ()
-        if [i.key() for i in stack].count(torch._C._functorch.TransformType.Jvp) > 1:
-            raise RuntimeError(
-                f"{function.__name__}: forward mode within forward mode is not supported; "
-                "use reverse mode for one of the two, as torch.func.hessian does"
-            )
-        return function.apply(*args)
-
-    LIB.impl(op.name().removeprefix("fused_ops::"), apply, "Autograd")
-    # Function.apply less what it does for torch.func, which takes longer than a small op
-    apply_outside_transforms = super(torch.autograd.Function, _with_results_alone(function, results)).apply
+    LIB.impl(op.name().removeprefix("fused_ops::"), applied(function), "Autograd")
+    apply = applied(function, results)
 
     def call(*args):
+        transformed = torch._C._are_functorch_transforms_active()
         if torch.compiler.is_compiling():
             # a transform's: plain ops, which the compiler can differentiate and batch as it traces
-            outputs = (REFERENCES[op] if torch._C._are_functorch_transforms_active() else op)(*args)
-        elif torch._C._are_functorch_transforms_active():
-            outputs = apply(*args)
-        elif torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return apply_outside_transforms(*args)
+            outputs = (REFERENCES[op] if transformed else op)(*args)
+        elif transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return apply(*args)
         else:  # nobody differentiates this call: it need not pay for a graph
             outputs = function.forward(*args)
         return outputs[:results]
@@ -121,8 +109,13 @@ def differentiable(op, function, results=None):
     return call
 
 
-def _with_results_alone(function, results):
-    """The function in PyTorch's other style: what only `backward` takes is no output, which autograd would wrap."""
+def applied(function, results=None):
+    """A callable that is `function.apply`, but returns the first `results` of the outputs, a tuple.
+
+    Outside of `torch.func`'s transforms it does without what Function.apply does for these, which takes longer than a
+    small op. For that it has the function in PyTorch's other style: what only `backward` takes is no output there,
+    which autograd would wrap.
+    """
 
     def forward(ctx, *args):
         outputs = function.forward(*args)
@@ -137,7 +130,20 @@ def _with_results_alone(function, results):
         "setup_context": torch.autograd.Function.setup_context,  # that is, forward has a ctx of its own
         "jvp": staticmethod(jvp),
     }
-    return type(function.__name__, (function,), members)
+    apply_outside_transforms = super(torch.autograd.Function, type(function.__name__, (function,), members)).apply
+
+    def apply(*args):
+        if not torch._C._are_functorch_transforms_active():
+            return apply_outside_transforms(*args)
+        stack = torch._C._functorch.get_interpreter_stack()
+        if [i.key() for i in stack].count(torch._C._functorch.TransformType.Jvp) > 1:
+            raise RuntimeError(
+                f"{function.__name__}: forward mode within forward mode is not supported; "
+                "use reverse mode for one of the two, as torch.func.hessian does"
+            )
+        return function.apply(*args)[:results]
+
+    return apply
 
 
 def batch_first(t, dim, B):

@@ -42,7 +42,17 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction as legacy_reduction
 
-from fused_ops._op import accumulate_dtype, batch_first, below_autograd, define, differentiable, directly, looped, save
+from fused_ops._op import (
+    accumulate_dtype,
+    applied,
+    batch_first,
+    below_autograd,
+    define,
+    differentiable,
+    directly,
+    looped,
+    save,
+)
 from fused_ops.ops._logits import (
     as_batch,
     as_rows,
@@ -326,6 +336,7 @@ class InplaceCrossEntropy(CrossEntropy):
 
 
 _cross_entropy = differentiable(forward_op, CrossEntropy, results=1)
+_inplace_cross_entropy = applied(InplaceCrossEntropy, results=1)
 _cross_entropy_backward = differentiable(_backward_op, CrossEntropyBackward)
 
 
@@ -396,7 +407,7 @@ def cross_entropy(
         y = target if target.dim() == 1 and target.dtype == torch.int64 else target.reshape(-1).long()  # (N) or (N·D)
     options = ignore_index, reduction, label_smoothing, z_loss, softcap
     if inplace_grad and not torch.compiler.is_compiling():
-        loss, *_ = InplaceCrossEntropy.apply(logits.contiguous(), y, weight, *options, False)
+        (loss,) = _inplace_cross_entropy(logits.contiguous(), y, weight, *options, False)
     else:
         made = logits.requires_grad and not y.requires_grad and in_forward_pass(reduction, dtype)
         (loss,) = _cross_entropy(logits, y, weight, *options, made and not torch.compiler.is_compiling())
