@@ -191,7 +191,7 @@ def cross_entropy_backward_(
 
 forward_op, _backward_op = define(cross_entropy_forward), define(cross_entropy_backward)
 _scale_ = directly(define(cross_entropy_scale_, mutates_args=("dlogits",)))
-backward_op_ = define(cross_entropy_backward_, mutates_args=("logits",))
+backward_op_ = directly(define(cross_entropy_backward_, mutates_args=("logits",)))
 
 
 class CrossEntropy(torch.autograd.Function):
