@@ -198,6 +198,9 @@ struct Call {
            Norm<Acc>{training, static_cast<Acc>(momentum), static_cast<Acc>(eps)}, examples, emit, losses);
     for (const auto& running : {running_mean, running_var})
       if (running && training) copy_back(*running, *running);
+    if constexpr (kWritten) {
+      for (const Tensor& p : {C, W1, b1, bngain, bnbias, W2, b2}) copy_back(p, p);
+    }
   }
 };
 
