@@ -170,6 +170,15 @@ def test_sgd_steps_in_a_cuda_graph():
     torch.testing.assert_close(args, expected, rtol=0, atol=0)
 
 
+@every_device
+def test_sgd_steps_tell_autograd_what_they_move(device):
+    """A graph that needs the old values can say so, instead of giving a wrong gradient."""
+    tensors = tensors_of(network(device=device))
+    before = [t._version for t in tensors]
+    F.mlp_sgd_steps(*examples(20, device), *tensors, lr=0.1, steps=1, batch_size=5)
+    assert all(t._version > version for t, version in zip(tensors, before, strict=True))
+
+
 def test_sgd_steps_let_other_threads_run():
     """Another thread of Python goes on counting while a call is under way: the call does not hold Python's lock."""
     net, (X, Y) = nn.MLP(V, E, T, 400), examples(50)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_ops.functional as F
 import fused_ops.nn
+from fused_ops._op import REFERENCES
 
 N, H, C = 6, 4, 5
 GENERATOR = torch.Generator().manual_seed(0)
@@ -157,6 +158,31 @@ def test_a_network_of_our_layers_runs_in_cuda_graphs():
             loss.backward()
         for a, b in zip(module.parameters(), theirs.parameters(), strict=True):
             assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("N", [64, 4096], ids=["on-chip", "off-chip"])  # 2 MiB, 128 MiB
+def test_batch_norm_in_a_cuda_graph(N):
+    """Blocks that share channels wait for each other, and nothing is read back to the host: a pass can be recorded."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, dy = (torch.randn(N, 8, 32, 32, device="cuda", generator=generator) for _ in range(2))
+    weight, bias = (torch.rand(8, device="cuda", generator=generator) for _ in range(2))
+
+    def passes(forward, backward):
+        running_mean, running_var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
+        y, mean, rstd = forward(x, running_mean, running_var, weight, bias, True, 0.1, 1e-5, "silu", None)
+        gradients = backward(dy, x, weight, bias, None, mean, rstd, True, 1e-5, "silu", True, True, False)
+        return y, mean, rstd, running_mean, running_var, *gradients
+
+    ops = torch.ops.fused_ops.batch_norm_forward.default, torch.ops.fused_ops.batch_norm_backward.default
+    expected = passes(*ops)
+    assert_close(expected, passes(*(REFERENCES[op] for op in ops)), rtol=1e-3, atol=1e-4)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = passes(*ops)
+    for _ in range(2):
+        graph.replay()
+        assert_close(recorded, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -1,9 +1,9 @@
 // Batch normalisation. Derivation and names: fused_ops/ops/batch_norm.py.
 //
-// Each pass is one kernel if a block can take whole channels: it reads its part of the batch for what their elements
-// have in common, and reads it again, from cache. A channel that is too much for one block has several (channels.cuh).
-// Then one kernel has them report on their own parts, one merges the reports, and one finishes the pass. All is merged
-// in a fixed order, so a result is the same every time. Nothing is read back to the host.
+// Each pass is one kernel of two halves: it reads the batch for what the elements of a channel have in common, merged
+// in a fixed order, so that a result is the same every time; then it applies this to each of them. One launch does both
+// where a block can take whole channels, or where all blocks together can keep what they have read; else two launches
+// do (launch_over in channels.cuh). Nothing is read back to the host.
 #include <limits>
 
 #include "activations.cuh"
@@ -46,25 +46,14 @@ __device__ Channel<Acc> channel_of(const Terms<T>& terms, int64_t c, const Stand
   return {standard, terms.weight.get(c, 1), terms.bias.get(c)};
 }
 
-// With statistics that an earlier kernel has found.
-template <typename P, typename T, typename Acc = accumulate_t<T>>
-__device__ void load_channels(const Share<P>& share, const Terms<T>& terms, const Acc* mean, const Acc* rstd,
-                              Channel<Acc> (&channels)[P::kLanes]) {
-#pragma unroll
-  for (int l = 0; l < P::kLanes; ++l) {
-    const int64_t c = share.channel + l;
-    channels[l] = channel_of(terms, c, Standard<Acc>{mean[c], rstd[c]});
-  }
-}
-
 // The moments of a thread's share: of the packs at hand in two passes, which are then merged with those before.
 template <typename P, typename T, typename Acc = accumulate_t<T>>
-__device__ void add_moments(const Share<P>& share, const T* x, Moments<Acc> (&lanes)[P::kLanes]) {
+__device__ void add_moments(const Share<P>& share, const TwiceRead<P, T>& x, Moments<Acc> (&lanes)[P::kLanes]) {
   constexpr int kAtOnce = 4, kEach = P::kSize / P::kLanes;  // packs; elements of a lane in each
-  share.template for_packs<kAtOnce>([&](const int64_t (&offsets)[kAtOnce], int n) {
+  share.template for_packs<kAtOnce>([&](const Places<kAtOnce>& places) {
     P packs[kAtOnce] = {};
-    load(x, offsets, n, packs);
-    const Acc count = n * kEach, share_of_one = 1 / count, before = lanes[0].count;
+    x.load(places, packs);
+    const Acc count = places.n * kEach, share_of_one = 1 / count, before = lanes[0].count;
 #pragma unroll
     for (int l = 0; l < P::kLanes; ++l) {
       Acc sum = 0, m2 = 0;
@@ -74,24 +63,12 @@ __device__ void add_moments(const Share<P>& share, const T* x, Moments<Acc> (&la
 #pragma unroll
       for (int i = 0; i < kAtOnce * kEach; ++i) {
         const Acc distance = widen(packs[i / kEach].values[l + i % kEach * P::kLanes]) - mean;
-        m2 += i / kEach < n ? distance * distance : 0;
+        m2 += i / kEach < places.n ? distance * distance : 0;
       }
       lanes[l].count = before;  // as of all lanes: so compilers know that they can share a division
       lanes[l].merge(count, mean, m2);
     }
   });
-}
-
-// The moments of each chunk's channels, for the next kernel.
-template <typename P, typename T, typename Acc = accumulate_t<T>>
-__global__ void FUSED_OPS_SMALL_BLOCK(T) report_moments(Split split, const T* x, Moments<Acc>* partial) {
-  for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
-    const Share<P> share(split, block);
-    Moments<Acc> lanes[P::kLanes];
-    add_moments(share, x, lanes);
-    merge_threads(split.threads_apart, lanes);
-    report(split, share, lanes, partial);
-  }
 }
 
 // Where the statistics come from, in training the batch, else the running ones; and where they go.
@@ -124,61 +101,64 @@ struct Statistics {
   }
 };
 
-template <typename T, typename Acc = accumulate_t<T>>
-__global__ void FUSED_OPS_SMALL_BLOCK(T)
-    merge_moments(Split split, const Moments<Acc>* partial, Statistics<T> statistics) {
-  merge_reports(split, partial, [&](int64_t c, const Moments<Acc>& batch) { statistics.finish(c, batch, true); });
-}
-
-// `merged`: the statistics are there already.
+// y = a(γ·x̂ + β + residual). In training x̂ has mean 0 and variance 1 in each channel.
 template <typename P, typename T, typename Acc = accumulate_t<T>>
 __global__ void FUSED_OPS_SMALL_BLOCK(T)
-    normalise(Split split, Terms<T> terms, Statistics<T> statistics, bool merged, T* y) {
+    normalise(Split split, Task task, Moments<Acc>* partial, Terms<T> terms, Statistics<T> statistics, T* y) {
   constexpr int kAtOnce = P::kLanes == 8 ? 2 : 4;  // 8 channels take registers, too
-  for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
-    const Share<P> share(split, block);
-    Channel<Acc> channels[P::kLanes];
-    if (merged) {
-      load_channels(share, terms, statistics.mean, statistics.rstd, channels);
+  const Share<P> share(split);
+  const TwiceRead<P, T> x_of_batch{task, terms.x, 0};
+  Standard<Acc> standard[P::kLanes];
+  if (task.finds) {
+    Moments<Acc> moments[P::kLanes];
+    if (statistics.training) {
+      x_of_batch.keep(share);
+      wait_for_kept();
+      add_moments(share, x_of_batch, moments);
+      merge_threads(split.threads_apart, moments);
+    }
+    if (partial) {
+      merge_blocks(split, share, moments, partial,
+                   [&](int64_t c, const Moments<Acc>& batch) { statistics.finish(c, batch, true); });
     } else {
-      Moments<Acc> moments[P::kLanes];
-      if (statistics.training) {
-        add_moments(share, terms.x, moments);
-        merge_threads(split.threads_apart, moments);
-      }
       const bool writes = share.reports && share.chunk == 0;
 #pragma unroll
-      for (int l = 0; l < P::kLanes; ++l) {
-        const int64_t c = share.channel + l;
-        channels[l] = channel_of(terms, c, statistics.finish(c, moments[l], writes));
-      }
+      for (int l = 0; l < P::kLanes; ++l) standard[l] = statistics.finish(share.channel + l, moments[l], writes);
     }
-
-    share.template for_packs<kAtOnce>([&](const int64_t (&offsets)[kAtOnce], int n) {
-      P x[kAtOnce], residual[kAtOnce];
-      load(terms.x, offsets, n, x);
-      if (terms.residual) load(terms.residual, offsets, n, residual);
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (u >= n) break;
-        Acc z[P::kSize];
-#pragma unroll
-        for (int k = 0; k < P::kSize; ++k) {
-          const Channel<Acc>& channel = channels[k % P::kLanes];
-          z[k] = channel.weight * channel.x_hat(widen(x[u].values[k])) + channel.bias;
-          if (terms.residual) z[k] += widen(residual[u].values[k]);
-        }
-        with_activation(terms.activation, [&](auto a) {
-#pragma unroll
-          for (int k = 0; k < P::kSize; ++k) z[k] = a.value(z[k]);
-        });
-        P out;
-#pragma unroll
-        for (int k = 0; k < P::kSize; ++k) out.values[k] = narrow<T>(z[k]);
-        store(y, offsets[u], out);
-      }
-    });
   }
+  if (!task.applies) return;
+
+  Channel<Acc> channels[P::kLanes];
+#pragma unroll
+  for (int l = 0; l < P::kLanes; ++l) {
+    const int64_t c = share.channel + l;
+    if (partial) standard[l] = {statistics.mean[c], statistics.rstd[c]};
+    channels[l] = channel_of(terms, c, standard[l]);
+  }
+  share.template for_packs<kAtOnce>([&](const Places<kAtOnce>& places) {
+    P x[kAtOnce], residual[kAtOnce];
+    x_of_batch.load(places, x);
+    if (terms.residual) load(terms.residual, places, residual);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (u >= places.n) break;
+      Acc z[P::kSize];
+#pragma unroll
+      for (int k = 0; k < P::kSize; ++k) {
+        const Channel<Acc>& channel = channels[k % P::kLanes];
+        z[k] = channel.weight * channel.x_hat(widen(x[u].values[k])) + channel.bias;
+        if (terms.residual) z[k] += widen(residual[u].values[k]);
+      }
+      with_activation(terms.activation, [&](auto a) {
+#pragma unroll
+        for (int k = 0; k < P::kSize; ++k) z[k] = a.value(z[k]);
+      });
+      P out;
+#pragma unroll
+      for (int k = 0; k < P::kSize; ++k) out.values[k] = narrow<T>(z[k]);
+      store(y, places.offsets[u], out);
+    }
+  });
 }
 
 // Σ dz and Σ dz·x̂, of a channel.
@@ -192,24 +172,36 @@ struct Sums {
   }
 };
 
+// What both halves of a backward pass read and keep. They read a residual, too: to keep it takes too many registers.
+template <typename P, typename T>
+struct Inputs {
+  TwiceRead<P, T> x, dy;
+
+  __device__ void keep(const Share<P>& share) const {
+    x.keep(share);
+    dy.keep(share);
+    wait_for_kept();
+  }
+};
+
 // Calls use(offset, x_hat, dz) for each pack of a thread's share, dz being dy·a'(z).
 template <typename P, typename T, typename Use, typename Acc = accumulate_t<T>>
-__device__ void with_dz(const Share<P>& share, const Terms<T>& terms, const T* dy,
+__device__ void with_dz(const Share<P>& share, const Terms<T>& terms, const Inputs<P, T>& inputs,
                         const Channel<Acc> (&channels)[P::kLanes], const Use& use) {
   constexpr int kAtOnce = P::kLanes == 8 ? 1 : 2;  // 8 channels take registers, too
-  share.template for_packs<kAtOnce>([&](const int64_t (&offsets)[kAtOnce], int n) {
-    P x[kAtOnce], g[kAtOnce], residual[kAtOnce];
-    load(terms.x, offsets, n, x);
-    load(dy, offsets, n, g);
-    if (terms.residual) load(terms.residual, offsets, n, residual);
+  share.template for_packs<kAtOnce>([&](const Places<kAtOnce>& places) {
+    P x[kAtOnce], dy[kAtOnce], residual[kAtOnce];
+    inputs.x.load(places, x);
+    inputs.dy.load(places, dy);
+    if (terms.residual) load(terms.residual, places, residual);
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (u >= n) break;
+      if (u >= places.n) break;
       Acc x_hat[P::kSize], dz[P::kSize];
 #pragma unroll
       for (int k = 0; k < P::kSize; ++k) {
         x_hat[k] = channels[k % P::kLanes].x_hat(widen(x[u].values[k]));
-        dz[k] = widen(g[u].values[k]);
+        dz[k] = widen(dy[u].values[k]);
       }
       with_activation(terms.activation, [&](auto a) {
 #pragma unroll
@@ -220,33 +212,9 @@ __device__ void with_dz(const Share<P>& share, const Terms<T>& terms, const T* d
           dz[k] *= a.derivative(z);
         }
       });
-      use(offsets[u], x_hat, dz);
+      use(places.offsets[u], x_hat, dz);
     }
   });
-}
-
-template <typename P, typename T, typename Acc = accumulate_t<T>>
-__device__ void add_sums(const Share<P>& share, const Terms<T>& terms, const T* dy,
-                         const Channel<Acc> (&channels)[P::kLanes], Sums<Acc> (&lanes)[P::kLanes]) {
-  with_dz(share, terms, dy, channels, [&](int64_t, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
-#pragma unroll
-    for (int k = 0; k < P::kSize; ++k) lanes[k % P::kLanes].merge({dz[k], dz[k] * x_hat[k]});
-  });
-}
-
-// The sums of each chunk's channels, for the next kernel.
-template <typename P, typename T, typename Acc = accumulate_t<T>>
-__global__ void FUSED_OPS_SMALL_BLOCK(T)
-    report_sums(Split split, Terms<T> terms, const T* dy, const Acc* mean, const Acc* rstd, Sums<Acc>* partial) {
-  for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
-    const Share<P> share(split, block);
-    Channel<Acc> channels[P::kLanes];
-    load_channels(share, terms, mean, rstd, channels);
-    Sums<Acc> lanes[P::kLanes];
-    add_sums(share, terms, dy, channels, lanes);
-    merge_threads(split.threads_apart, lanes);
-    report(split, share, lanes, partial);
-  }
 }
 
 // What a backward pass is to give; null where it is not needed.
@@ -261,52 +229,58 @@ struct Gradients {
   }
 };
 
-template <typename T, typename Acc = accumulate_t<T>>
-__global__ void FUSED_OPS_SMALL_BLOCK(T) merge_sums(Split split, const Sums<Acc>* partial, Gradients<T> gradients) {
-  merge_reports(split, partial, [&](int64_t c, const Sums<Acc>& sums) { gradients.finish(c, sums); });
-}
-
-// dx = γ·r·(dz − mean(dz) − x̂·mean(dz·x̂)), in evaluation dx = γ·r·dz; dresidual = dz. `merged`: the sums are there
-// already.
+// dx = γ·r·(dz − mean(dz) − x̂·mean(dz·x̂)), in evaluation dx = γ·r·dz; dresidual = dz.
 template <typename P, typename T, typename Acc = accumulate_t<T>>
 __global__ void FUSED_OPS_SMALL_BLOCK(T)
-    differentiate(Split split, Terms<T> terms, const T* dy, const Acc* mean, const Acc* rstd, bool training,
-                  Gradients<T> gradients, bool merged) {
-  const Acc N = static_cast<Acc>(split.rows) * static_cast<Acc>(split.positions);
-  for (int64_t block = blockIdx.x; block < split.blocks(); block += gridDim.x) {
-    const Share<P> share(split, block);
-    Channel<Acc> channels[P::kLanes];
-    load_channels(share, terms, mean, rstd, channels);
-    Sums<Acc> sums[P::kLanes];
-    if (merged) {
+    differentiate(Split split, Task task, Sums<Acc>* partial, Terms<T> terms, const T* dy, const Acc* mean,
+                  const Acc* rstd, bool training, Gradients<T> gradients) {
+  const Share<P> share(split);
+  const Inputs<P, T> inputs{{task, terms.x, 0}, {task, dy, 1}};
+  Channel<Acc> channels[P::kLanes];
 #pragma unroll
-      for (int l = 0; l < P::kLanes; ++l)
-        sums[l] = {gradients.dbias[share.channel + l], gradients.dweight[share.channel + l]};
-    } else if (gradients.dweight) {
-      add_sums(share, terms, dy, channels, sums);
-      merge_threads(split.threads_apart, sums);
-#pragma unroll
-      for (int l = 0; l < P::kLanes; ++l)
-        if (share.reports) gradients.finish(share.channel + l, sums[l]);
-    }
-    if (!gradients.dx && !gradients.dresidual) continue;
-
-#pragma unroll
-    for (int l = 0; l < P::kLanes; ++l) sums[l] = {sums[l].dz / N, sums[l].dz_x_hat / N};  // from here on means
-    with_dz(share, terms, dy, channels, [&](int64_t offset, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
-      P dx, dresidual;
-#pragma unroll
-      for (int k = 0; k < P::kSize; ++k) {
-        const Channel<Acc>& channel = channels[k % P::kLanes];
-        const Sums<Acc>& means = sums[k % P::kLanes];
-        const Acc centred = training ? dz[k] - means.dz - x_hat[k] * means.dz_x_hat : dz[k];
-        dx.values[k] = narrow<T>(channel.weight * channel.rstd * centred);
-        dresidual.values[k] = narrow<T>(dz[k]);
-      }
-      if (gradients.dx) store(gradients.dx, offset, dx);
-      if (gradients.dresidual) store(gradients.dresidual, offset, dresidual);
-    });
+  for (int l = 0; l < P::kLanes; ++l) {
+    const int64_t c = share.channel + l;
+    channels[l] = channel_of(terms, c, Standard<Acc>{mean[c], rstd[c]});
   }
+  Sums<Acc> sums[P::kLanes];
+  if (task.finds && gradients.dweight) {
+    inputs.keep(share);
+    with_dz(share, terms, inputs, channels, [&](int64_t, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
+#pragma unroll
+      for (int k = 0; k < P::kSize; ++k) sums[k % P::kLanes].merge({dz[k], dz[k] * x_hat[k]});
+    });
+    merge_threads(split.threads_apart, sums);
+    if (partial) {
+      merge_blocks(split, share, sums, partial,
+                   [&](int64_t c, const Sums<Acc>& of_channel) { gradients.finish(c, of_channel); });
+    } else if (share.reports) {
+#pragma unroll
+      for (int l = 0; l < P::kLanes; ++l) gradients.finish(share.channel + l, sums[l]);
+    }
+  }
+  if (!task.applies) return;
+
+  if (partial) {
+#pragma unroll
+    for (int l = 0; l < P::kLanes; ++l)
+      sums[l] = {gradients.dbias[share.channel + l], gradients.dweight[share.channel + l]};
+  }
+  const Acc N = static_cast<Acc>(split.rows) * static_cast<Acc>(split.positions);
+#pragma unroll
+  for (int l = 0; l < P::kLanes; ++l) sums[l] = {sums[l].dz / N, sums[l].dz_x_hat / N};  // from here on means
+  with_dz(share, terms, inputs, channels, [&](int64_t offset, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
+    P dx, dresidual;
+#pragma unroll
+    for (int k = 0; k < P::kSize; ++k) {
+      const Channel<Acc>& channel = channels[k % P::kLanes];
+      const Sums<Acc>& means = sums[k % P::kLanes];
+      const Acc centred = training ? dz[k] - means.dz - x_hat[k] * means.dz_x_hat : dz[k];
+      dx.values[k] = narrow<T>(channel.weight * channel.rstd * centred);
+      dresidual.values[k] = narrow<T>(dz[k]);
+    }
+    if (gradients.dx) store(gradients.dx, offset, dx);
+    if (gradients.dresidual) store(gradients.dresidual, offset, dresidual);
+  });
 }
 
 }  // namespace
@@ -337,15 +311,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
     T* out = y.mutable_data_ptr<T>();
     dispatch_pack<T>(batch.layout, {terms.x, terms.residual, out}, [&](auto pack) {
       using P = decltype(pack);
-      const Split split(batch.layout, P::kSize);
-      const bool in_parts = training && split.chunks() > 1;
-      Tensor reports = empty_reports<Moments<Acc>, Acc>(batch, split, in_parts);
-      if (in_parts) {
-        auto* partial = reinterpret_cast<Moments<Acc>*>(reports.template mutable_data_ptr<Acc>());
-        launch(batch.input, split.blocks(), split.threads(), report_moments<P, T>, split, terms.x, partial);
-        launch(batch.input, blocks_to_merge(split), kThreads, merge_moments<T>, split, partial, statistics);
-      }
-      launch(batch.input, split.blocks(), split.threads(), normalise<P, T>, split, terms, statistics, in_parts, out);
+      launch_over<P>(batch, training, 1, normalise<P, T>, terms, statistics, out);
     });
   });
   for (const auto& running : {running_mean, running_var})
@@ -388,17 +354,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
         needs_sums ? dweight.mutable_data_ptr<Acc>() : nullptr, needs_sums ? dbias.mutable_data_ptr<Acc>() : nullptr};
     dispatch_pack<T>(batch.layout, {terms.x, terms.residual, g, gradients.dx, gradients.dresidual}, [&](auto pack) {
       using P = decltype(pack);
-      const Split split(batch.layout, P::kSize);
-      const bool in_parts = needs_sums && split.chunks() > 1;
-      Tensor reports = empty_reports<Sums<Acc>, Acc>(batch, split, in_parts);
-      if (in_parts) {
-        auto* partial = reinterpret_cast<Sums<Acc>*>(reports.template mutable_data_ptr<Acc>());
-        launch(batch.input, split.blocks(), split.threads(), report_sums<P, T>, split, terms, g, mu, r, partial);
-        launch(batch.input, blocks_to_merge(split), kThreads, merge_sums<T>, split, partial, gradients);
-      }
-      if (!in_parts || needs_input || needs_residual)
-        launch(batch.input, split.blocks(), split.threads(), differentiate<P, T>, split, terms, g, mu, r, training,
-               gradients, in_parts);
+      launch_over<P>(batch, needs_sums, needs_input || needs_residual ? 2 : 0, differentiate<P, T>, terms, g, mu, r,
+                     training, gradients);
     });
   });
   if (!needs_parameters) {

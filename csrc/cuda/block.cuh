@@ -13,7 +13,7 @@
 namespace fused_ops {
 
 constexpr int kWarp = 32, kMaxWarps = 32;
-constexpr int64_t kMaxBlocks = 1 << 20;  // further rows are taken in turns
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a grid: further rows are taken in turns
 
 // Before a kernel's name: it uses no more registers than a block of the largest size has, on every card. (Without the 1
 // compilers aim for more blocks at a time, and spill.)
@@ -26,24 +26,61 @@ inline int threads_for(int64_t C) {
   return threads;
 }
 
-// Launches kernel(args...) on the current stream of the device that `on` lies on, with `memory` bytes of dynamic shared
-// memory a block.
+// How a kernel runs: so many blocks, each of so many threads and with so many bytes of dynamic shared memory; together,
+// if all are to be on the card at the same time, so that they can wait for each other.
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int64_t memory = 0;
+  bool together = false;
+};
+
+// The most dynamic shared memory that a block of the kernel can have. From then on it may: always the most, since a
+// thread of the host that sets less could come between another one's setting and launch.
+template <typename Kernel>
+int64_t allow_memory(int device, Kernel* kernel) {
+  int most = 0;
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  most -= static_cast<int>(attributes.sharedSizeBytes);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  return most;
+}
+
+// How many blocks of the kernel can be together on the device that `on` lies on: 0 if none has so much memory, or if
+// the device cannot have them wait for each other.
+template <typename Kernel>
+int64_t blocks_together(const Tensor& on, Kernel* kernel, int threads, int64_t memory) {
+  const auto device = on.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  int can_wait = 0, processors = 0, of_each = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&can_wait, cudaDevAttrCooperativeLaunch, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  if (!can_wait || memory > allow_memory(device, kernel)) return 0;
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, threads, memory));
+  return int64_t{of_each} * processors;
+}
+
+// Launches kernel(args...) on the current stream of the device that `on` lies on.
 template <typename... Parameters, typename... Args>
-void launch_with_memory(const Tensor& on, int64_t blocks, int threads, int memory, void (*kernel)(Parameters...),
-                        Args... args) {
+void launch(const Tensor& on, const Grid& grid, void (*kernel)(Parameters...), Args... args) {
   const auto device = on.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  if (memory > 0) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, memory));
-  const auto grid = static_cast<unsigned>(std::min(blocks, kMaxBlocks));
-  kernel<<<grid, threads, memory, static_cast<cudaStream_t>(stream)>>>(args...);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-template <typename... Parameters, typename... Args>
-void launch(const Tensor& on, int64_t blocks, int threads, void (*kernel)(Parameters...), Args... args) {
-  launch_with_memory(on, blocks, threads, 0, kernel, args...);
+  if (grid.memory > 0) allow_memory(device, kernel);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = grid.together;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(std::min(grid.blocks, kMaxBlocks));
+  config.blockDim = grid.threads;
+  config.dynamicSmemBytes = grid.memory;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &together;
+  config.numAttrs = 1;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 // Combines the values of `width` neighbouring threads, a power of 2; each of them gets the result. All of a warp call

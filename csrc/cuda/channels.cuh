@@ -1,22 +1,26 @@
 // A batch (N, C, ...) on the device: how it is dealt out to blocks, the share of each, and the merging of what the
-// threads of a block find out about its channels.
+// threads of a block, and all blocks, find out about its channels.
 #pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_pipeline.h>
 
 #include <initializer_list>
 
+#include "../empty.h"
 #include "../layout.h"
 #include "block.cuh"
 
 namespace fused_ops {
 
 constexpr int kThreads = 256;            // of a block, at most
-constexpr int64_t kBlocks = 512;         // these keep a large card at work, and
-constexpr int64_t kPacksPerThread = 16;  // this much of a channel a thread: merging blocks costs time, too
+constexpr int64_t kBlocks = 512;         // of a grid, where they need not be together: enough for a large card
+constexpr int64_t kPacksPerThread = 16;  // at least, of a channel that has several blocks: merging them costs time, too
 
 // Before a kernel's name: registers for two such blocks at a time, with which none spills. float64 takes more.
 #define FUSED_OPS_SMALL_BLOCK(T) __launch_bounds__(kThreads, std::is_same_v<T, double> ? 1 : 2)
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FUSED_OPS_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The least power of 2 that n does not exceed, but not above `most`.
 inline int power_of_2(int64_t n, int most) {
@@ -60,12 +64,10 @@ struct Batch {
   }
 
   // Like the input, or (0,) where it is not needed.
-  Tensor empty(bool needed = true) const {
-    return needed ? torch::stable::empty_like(input) : torch::stable::new_empty(input, {0});
-  }
+  Tensor empty(bool needed = true) const { return empty_like_dense(input, needed); }
   // Values of the channels, in the accumulate type.
   Tensor empty_vector(bool needed = true) const {
-    return torch::stable::new_empty(input, {needed ? layout.channels : 0}, accumulate_type(input.scalar_type()));
+    return empty_beside(input, {needed ? layout.channels : 0}, accumulate_type(input.scalar_type()));
   }
 };
 
@@ -76,10 +78,10 @@ struct Split {
   int64_t channels, positions, rows, columns;
   int threads_across, threads_down;  // of a block: along a row, and in rows of their own
   int threads_apart;                 // the first of a block, which have different channels; further ones repeat these
-  int64_t strip_columns, strips;
-  Cut down, across;  // a strip's chunks
+  int64_t width, strip_columns, strips;  // width: columns that a block has side by side
+  Cut down, across;                      // a strip's chunks
 
-  // `pack` is the number of elements that a thread takes at once.
+  // Into whole strips. `pack` is the number of elements that a thread takes at once.
   Split(const Layout& l, int pack)
       : channels(l.channels), positions(l.inner), rows(l.outer), columns(channels * positions) {
     const bool channels_last = positions == 1;
@@ -90,26 +92,23 @@ struct Split {
     threads_down = std::max(threads_down, kWarp / threads_across);
     threads_apart = channels_last ? threads_across : 1;
 
-    const int64_t width = int64_t{threads_across} * pack;
+    width = int64_t{threads_across} * pack;
     strip_columns = channels_last ? width : positions;
     strips = ceil_div(columns, strip_columns);
-    const int64_t packs_per_thread = ceil_div(rows, threads_down) * ceil_div(strip_columns, width);
-    const int64_t chunks = std::max<int64_t>(1, std::min(kBlocks / strips, packs_per_thread / kPacksPerThread));
+    cut_strips(1);
+  }
+
+  void cut_strips(int64_t chunks) {
     down = cut(rows, threads_down, chunks);
     across = cut(strip_columns, width, std::max<int64_t>(1, chunks / down.pieces));
   }
 
+  // Of a thread's share, at most.
+  int64_t packs() const { return ceil_div(down.size, threads_down) * ceil_div(across.size, width); }
   int threads() const { return threads_across * threads_down; }
   FUSED_OPS_HOST_DEVICE int64_t chunks() const { return down.pieces * across.pieces; }
   FUSED_OPS_HOST_DEVICE int64_t blocks() const { return strips * chunks(); }
 };
-
-// Room for what each chunk reports of its channels, a V each.
-template <typename V, typename Acc>
-Tensor empty_reports(const Batch& batch, const Split& split, bool needed) {
-  const int64_t size = needed ? split.chunks() * split.channels * int64_t{sizeof(V) / sizeof(Acc)} : 0;
-  return torch::stable::new_empty(batch.input, {size}, accumulate_type(batch.input.scalar_type()));
-}
 
 // What a thread reads and writes at once: neighbours in memory, of kLanes channels. The k-th is of the (k % kLanes)-th.
 template <typename T, int kSize_, int kLanes_>
@@ -132,63 +131,117 @@ void dispatch_pack(const Layout& l, std::initializer_list<const void*> tensors, 
     f(Pack<T, kSize, 1>{});
 }
 
-// A block's chunk, and the calling thread's part of it.
+// Some of a thread's packs: the number of the first, how many, and where in memory they lie.
+template <int kAtOnce>
+struct Places {
+  int first, n;
+  int64_t offsets[kAtOnce];
+};
+
+// A block's chunk, and the calling thread's part of it: row after row, each threads_down below the last.
 template <typename P>
 struct Share {
-  int64_t chunk, channel;  // the number of the chunk in its strip; the channel of the thread's first lane
-  bool reports;            // whether this thread, of all in its block, writes down what its channels have in common
-  int64_t row, row_step, row_end, column, column_step, column_end, columns;
+  int64_t chunk, channel;     // the number of the chunk in its strip; the channel of the thread's first lane
+  bool reports;               // whether this thread, of all in its block, writes down what its channels have in common
+  int of_row, packs;          // in a row, and in all: a device's memory ends long before this type does
+  int64_t begin, step, wrap;  // in memory: the first pack's place, from one to the next, and to the next row's
 
-  __device__ Share(const Split& split, int64_t block) : columns(split.columns) {
-    const int64_t strip = block / split.chunks(), strip_begin = strip * split.strip_columns;
-    chunk = block % split.chunks();
+  __device__ explicit Share(const Split& split) {
+    const int64_t strip = blockIdx.x / split.chunks(), strip_begin = strip * split.strip_columns;
+    chunk = blockIdx.x % split.chunks();
     const int64_t chunk_row = chunk / split.across.pieces * split.down.size;
     const int64_t chunk_column = strip_begin + chunk % split.across.pieces * split.across.size;
-    const int64_t strip_end = min(strip_begin + split.strip_columns, columns);
-    row = chunk_row + threadIdx.x / split.threads_across;
-    row_step = split.threads_down;
-    row_end = min(chunk_row + split.down.size, split.rows);
-    column = chunk_column + threadIdx.x % split.threads_across * P::kSize;
-    column_step = int64_t{split.threads_across} * P::kSize;
-    column_end = min(chunk_column + split.across.size, strip_end);
-    channel = min(column, columns - P::kSize) / split.positions;  // any that exists, where the thread has no elements
-    reports = threadIdx.x < split.threads_apart && column < column_end;
+    const int64_t strip_end = min(strip_begin + split.strip_columns, split.columns);
+    const int64_t row = chunk_row + threadIdx.x / split.threads_across;
+    const int64_t rows = min(chunk_row + split.down.size, split.rows) - row;
+    const int64_t column = chunk_column + threadIdx.x % split.threads_across * P::kSize;
+    const int64_t columns = min(chunk_column + split.across.size, strip_end) - column;
+    channel = min(column, split.columns - P::kSize) / split.positions;  // any that exists, where there are no packs
+    reports = threadIdx.x < split.threads_apart && columns > 0;
+    of_row = static_cast<int>(ceil_div(max(columns, int64_t{0}), split.width));
+    packs = static_cast<int>(ceil_div(max(rows, int64_t{0}), split.threads_down)) * of_row;
+    begin = row * split.columns + column;
+    step = split.width;
+    wrap = split.threads_down * split.columns - (of_row - 1) * step;
   }
 
-  // Calls f(offsets, n) for the thread's packs, with the places in memory of n of them, at most kAtOnce.
+  // Calls f(places) for the thread's packs, at most kAtOnce at a time.
   template <int kAtOnce, typename F>
   __device__ void for_packs(const F& f) const {
-    if (column >= column_end) return;
-    for (int64_t r = row, c = column; r < row_end;) {
-      int64_t offsets[kAtOnce];
-      int n = 0;
+    int64_t offset = begin;
+    int in_row = 0;
+    for (int first = 0; first < packs; first += kAtOnce) {
+      Places<kAtOnce> places;
+      places.first = first;
+      places.n = min(kAtOnce, packs - first);
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (r >= row_end) break;
-        offsets[u] = r * columns + c;
-        n = u + 1;
-        c += column_step;
-        if (c >= column_end) {
-          c = column;
-          r += row_step;
-        }
+      for (int64_t& place : places.offsets) {
+        place = offset;
+        const bool wraps = ++in_row == of_row;
+        in_row = wraps ? 0 : in_row;
+        offset += wraps ? wrap : step;
       }
-      f(offsets, n);
+      f(places);
     }
   }
 };
 
-// The first n packs at these places: all are under way before the first is used.
+// The packs at these places: all are under way before the first is used.
 template <typename P, typename T, int kAtOnce>
-__device__ void load(const T* from, const int64_t (&offsets)[kAtOnce], int n, P (&packs)[kAtOnce]) {
+__device__ void load(const T* from, const Places<kAtOnce>& places, P (&packs)[kAtOnce]) {
 #pragma unroll
   for (int u = 0; u < kAtOnce; ++u)
-    if (u < n) packs[u] = *reinterpret_cast<const P*>(from + offsets[u]);
+    if (u < places.n) packs[u] = *reinterpret_cast<const P*>(from + places.offsets[u]);
 }
 
 template <typename P, typename T>
 __device__ void store(T* to, int64_t offset, const P& pack) {
   *reinterpret_cast<P*>(to + offset) = pack;
+}
+
+// What a launch does: it finds what the elements of a channel have in common, or applies it to each of them, or both.
+struct Task {
+  bool finds, applies;
+  int keeps;  // in between, in shared memory: so many packs a thread of each tensor. If 0, both halves read the tensor
+};
+
+// A tensor that both halves of a task read, the number-th of these.
+template <typename P, typename T>
+struct TwiceRead {
+  const Task& task;
+  const T* tensor;
+  int number;
+
+  // The thread's packs in shared memory from `first` on, kThreads apart. No other thread waits for them.
+  __device__ P* kept(int first) const {
+    extern __shared__ __align__(16) unsigned char shared[];
+    return reinterpret_cast<P*>(shared) + (number * task.keeps + first) * kThreads + threadIdx.x;
+  }
+
+  // Sets out to fill it, by way of no registers, so that all is under way at once. wait_for_kept() is when it's there.
+  __device__ void keep(const Share<P>& share) const {
+    if (!task.keeps) return;
+    share.template for_packs<1>([&](const Places<1>& place) {
+      const auto* from = reinterpret_cast<const P*>(tensor + place.offsets[0]);
+      if constexpr (sizeof(P) >= 4)
+        __pipeline_memcpy_async(kept(place.first), from, sizeof(P));
+      else
+        *kept(place.first) = *from;
+    });
+  }
+
+  template <int kAtOnce>
+  __device__ void load(const Places<kAtOnce>& places, P (&packs)[kAtOnce]) const {
+    if (!task.keeps) return fused_ops::load(tensor, places, packs);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (u < places.n) packs[u] = kept(places.first)[u * kThreads];
+  }
+};
+
+__device__ inline void wait_for_kept() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 // Merges what the threads of a block have of the same channels, always in the same order: then all have it. V is
@@ -217,31 +270,59 @@ __device__ void merge_threads(int threads_apart, V (&lanes)[kLanes]) {
   __syncthreads();  // all have read: a next merge may write anywhere
 }
 
-// What a block found out about the channels of its chunk, in partial[chunk][channel].
-template <typename P, typename V>
-__device__ void report(const Split& split, const Share<P>& share, const V (&lanes)[P::kLanes], V* partial) {
-  if (!share.reports) return;
+// Merges what blocks that are together have of their chunks' channels, and calls finish(c, v) once for each channel c,
+// always in the same order. `partial` has room for a V of each chunk and channel.
+template <typename P, typename V, typename Finish>
+__device__ void merge_blocks(const Split& split, const Share<P>& share, const V (&lanes)[P::kLanes], V* partial,
+                             const Finish& finish) {
+  if (share.reports) {
 #pragma unroll
-  for (int l = 0; l < P::kLanes; ++l) partial[share.chunk * split.channels + share.channel + l] = lanes[l];
-}
+    for (int l = 0; l < P::kLanes; ++l) partial[share.chunk * split.channels + share.channel + l] = lanes[l];
+  }
+  cooperative_groups::this_grid().sync();
 
-// Calls finish(c, v) with the merged reports v on each channel c, in a kernel of kThreads and so many blocks.
-constexpr int kMergedChannels = 8;  // side by side in a block
-
-inline int64_t blocks_to_merge(const Split& split) { return ceil_div(split.channels, kMergedChannels); }
-
-template <typename V, typename Finish>
-__device__ void merge_reports(const Split& split, const V* partial, const Finish& finish) {
-  for (int64_t first = blockIdx.x; first * kMergedChannels < split.channels; first += gridDim.x) {
-    const int64_t c = first * kMergedChannels + threadIdx.x % kMergedChannels;
+  constexpr int kSideBySide = 8;  // channels that a block merges at once
+  for (int64_t first = int64_t{blockIdx.x} * kSideBySide; first < split.channels; first += gridDim.x * kSideBySide) {
+    const int64_t c = first + threadIdx.x % kSideBySide;
     V merged[1];
     if (c < split.channels) {
 #pragma unroll 4
-      for (int64_t chunk = threadIdx.x / kMergedChannels; chunk < split.chunks(); chunk += kThreads / kMergedChannels)
+      for (int64_t chunk = threadIdx.x / kSideBySide; chunk < split.chunks(); chunk += blockDim.x / kSideBySide)
         merged[0].merge(partial[chunk * split.channels + c]);
     }
-    merge_threads(kMergedChannels, merged);
-    if (threadIdx.x < kMergedChannels && c < split.channels) finish(c, merged[0]);
+    merge_threads(kSideBySide, merged);
+    if (threadIdx.x < kSideBySide && c < split.channels) finish(c, merged[0]);
+  }
+  cooperative_groups::this_grid().sync();  // all is finished
+}
+
+// Has a kernel go over a batch. `merges`: the elements of a channel have something in common, a V, that is to be found.
+// `twice_read`: so many tensors are read for this and then to apply it; 0 if nothing is to be applied.
+//
+// A block that takes whole channels finds and applies in one go. Blocks that share channels have to merge what they
+// find, so they run together. Then they apply it if they can keep what they have read; else a second launch does.
+template <typename P, typename V, typename... Parameters, typename... Args>
+void launch_over(const Batch& batch, bool merges, int twice_read, void (*kernel)(Split, Task, V*, Parameters...),
+                 Args... args) {
+  Split split(batch.layout, P::kSize);
+  const auto together = [&](int64_t memory) { return blocks_together(batch.input, kernel, split.threads(), memory); };
+  const int64_t chunks = split.packs() / kPacksPerThread;
+  if (chunks > 1) split.cut_strips(std::clamp<int64_t>((merges ? together(0) : kBlocks) / split.strips, 1, chunks));
+  const Grid grid{split.blocks(), split.threads()};
+  STD_TORCH_CHECK(grid.blocks <= kMaxBlocks, "expected at most ", kMaxBlocks, " blocks of channels");
+  const bool applies = twice_read > 0;
+  if (!merges || split.chunks() == 1)
+    return launch(batch.input, grid, kernel, split, Task{true, applies, 0}, nullptr, args...);
+
+  Tensor reports = empty_beside(batch.input, {split.chunks() * split.channels * int64_t{sizeof(V)}}, ScalarType::Byte);
+  V* partial = static_cast<V*>(reports.mutable_data_ptr());
+  const int64_t memory = twice_read * split.packs() * kThreads * int64_t{sizeof(P)};
+  if (together(memory) >= grid.blocks) {
+    const Task both{true, applies, applies ? static_cast<int>(split.packs()) : 0};
+    launch(batch.input, {grid.blocks, grid.threads, memory, true}, kernel, split, both, partial, args...);
+  } else {
+    launch(batch.input, {grid.blocks, grid.threads, 0, true}, kernel, split, Task{true, false, 0}, partial, args...);
+    launch(batch.input, grid, kernel, split, Task{false, true, 0}, partial, args...);
   }
 }
 

@@ -163,7 +163,7 @@ void launch_gradients(const Rows& rows, const Acc* stats, const Acc* dlosses, co
                       T* dtarget) {
   if (rows.R == 0 || rows.C == 0) return;
   dispatch_forms<T>(rows, [&](auto cap, auto targets) {
-    launch(rows.logits, rows.R, threads_for_row<T>(rows.C), row_gradients<T, decltype(cap), decltype(targets)>,
+    launch(rows.logits, {rows.R, threads_for_row<T>(rows.C)}, row_gradients<T, decltype(cap), decltype(targets)>,
            DeviceRows<T>(rows), cap, targets, stats, stats + rows.R, dlosses, rows.per_row,
            rows.mean ? divisor : nullptr, dlogits, dtarget);
   });
@@ -224,10 +224,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, 
     Acc* of_row = losses.mutable_data_ptr<Acc>();
     if (rows.R > 0)
       dispatch_forms<T>(rows, [&](auto cap, auto targets) {
-        launch(logits, rows.R, threads_for_row<T>(rows.C), row_losses<T, decltype(cap), decltype(targets)>, on_device,
+        launch(logits, {rows.R, threads_for_row<T>(rows.C)}, row_losses<T, decltype(cap), decltype(targets)>, on_device,
                cap, targets, m, m + rows.R, of_row);
       });
-    launch(logits, 1, threads_for(rows.R), reduce_losses<T>, on_device, of_row, rows.mean,
+    launch(logits, {1, threads_for(rows.R)}, reduce_losses<T>, on_device, of_row, rows.mean,
            rows.per_row ? nullptr : loss.mutable_data_ptr<Acc>(), divisor.mutable_data_ptr<Acc>());
     if (dlogits.numel())
       launch_gradients<T, Acc>(rows, m, nullptr, divisor.const_data_ptr<Acc>(), dlogits.mutable_data_ptr<T>(), nullptr);
@@ -244,7 +244,7 @@ void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t i
   if (size > 0)
     dispatch_floating(dlogits.scalar_type(), "cross_entropy", [&](auto scalar) {
       using T = decltype(scalar);
-      launch(dlogits, std::min<int64_t>(size / 1024 + 1, 4096), 256, scale<T>, dlogits.mutable_data_ptr<T>(), size,
+      launch(dlogits, {std::min<int64_t>(size / 1024 + 1, 4096), 256}, scale<T>, dlogits.mutable_data_ptr<T>(), size,
              rows.C, rows.D, factor.const_data_ptr<accumulate_t<T>>(),
              rows.probabilities ? nullptr : rows.target.const_data_ptr<int64_t>(), ignore_index);
     });

@@ -192,12 +192,15 @@ struct Call {
     const Tensor X_c = as_contiguous(X), Y_c = as_contiguous(Y);
     const Examples examples{X_c.const_data_ptr<int64_t>(), Y_c.const_data_ptr<int64_t>(), data_or_null<int64_t>(ix),
                             X.size(0), ix ? ix->size(0) : 1};
-    launch_with_memory(C, 1, kThreadsOfNetwork<Acc>, static_cast<int>(bytes(s)), run_network<T, Emit>, s, parameters,
-                       ChannelVector<T>(running_mean, W2, "running_mean", training),
-                       ChannelVector<T>(running_var, W2, "running_var", training),
-                       Norm<Acc>{training, static_cast<Acc>(momentum), static_cast<Acc>(eps)}, examples, emit, losses);
+    launch(C, {1, kThreadsOfNetwork<Acc>, bytes(s)}, run_network<T, Emit>, s, parameters,
+           ChannelVector<T>(running_mean, W2, "running_mean", training),
+           ChannelVector<T>(running_var, W2, "running_var", training),
+           Norm<Acc>{training, static_cast<Acc>(momentum), static_cast<Acc>(eps)}, examples, emit, losses);
     for (const auto& running : {running_mean, running_var})
       if (running && training) copy_back(*running, *running);
+    if constexpr (kWritten) {
+      for (const Tensor& p : {C, W1, b1, bngain, bnbias, W2, b2}) copy_back(p, p);
+    }
   }
 };
 

@@ -343,11 +343,8 @@ def mlp_sgd_steps(
     if running_mean is None:
         raise ValueError("running_mean and running_var must be defined")
     ix = torch.randint(0, len(input), (steps, batch_size), generator=generator).to(input.device)  # (K, N)
-    moved = *parameters, running_mean, running_var
     with torch.no_grad(), torch.autocast(input.device.type, enabled=False):
-        losses = _sgd_steps_op(input, target, ix, *moved, lr, momentum, eps)  # (K)
-    torch.autograd.graph.increment_version(moved)  # whoever saved them for a backward pass is told
-    return losses
+        return _sgd_steps_op(input, target, ix, *parameters, running_mean, running_var, lr, momentum, eps)  # (K)
 
 
 def _check(input, target, parameters, running_mean, running_var):
