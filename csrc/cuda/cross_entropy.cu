@@ -72,6 +72,18 @@ __global__ void FUSED_OPS_ANY_BLOCK find_divisor(DeviceRows<T> rows, Acc* diviso
   if (threadIdx.x == 0) *divisor = static_cast<Acc>(kept_weight);
 }
 
+// Σ t, without what the target alone has; 0 for class indices without smoothing. Both passes add it up here: so the
+// same gradient comes from each.
+template <typename T, typename Targets, typename Acc = accumulate_t<T>>
+__device__ Acc sum_targets(const Part<T>& part, const Targets& t) {
+  Acc sum = 0;
+  if constexpr (Targets::kDense) {
+    part.for_elements([&](int64_t c, T) { sum += t(part.first + c, c); });
+    sum = part.sum(sum);
+  }
+  return sum;
+}
+
 // What the gradients of a row's elements have in common.
 template <typename Acc>
 struct Common {
@@ -80,7 +92,7 @@ struct Common {
   Acc g, A;        // of dx_c = g·(A·p_c − t_c)·k_c
   Acc nll, share;  // what t has at the target alone; what w_c is multiplied by elsewhere, with smoothing
 
-  // `t_sum` is Σ t, without what t has at the target alone; with smoothing Σ w.
+  // `t_sum` is sum_targets, which with smoothing is Σ w.
   template <typename T>
   __device__ Common(const DeviceRows<T>& rows, int64_t y, Acc t_sum, Acc m, Acc log_z, Acc g)
       : y(y), m(m), log_z(log_z), g(g), share(rows.label_smoothing / rows.C) {
@@ -144,21 +156,15 @@ __global__ void FUSED_OPS_ROW_BLOCK(T)
   part.for_elements([&](int64_t, T x_c) { m = fmax(m, widen(x_c)); });  // passes over a NaN
   m = cap(part.reduce(m, least, [](Acc a, Acc b) { return fmax(a, b); }));
 
-  Acc z = 0, t_sum = 0, distance = 0;  // Σ exp(s − m), Σ t, Σ t·(m − s)
+  Acc z = 0, distance = 0;  // Σ exp(s − m), Σ t·(m − s)
   part.for_elements([&](int64_t c, T x_c) {
     const Acc s = cap(widen(x_c));
     z += exp_of<T>(s - m);
-    if constexpr (Targets::kDense) {
-      const Acc t_c = t(part.first + c, c);
-      t_sum += t_c;
-      distance += t_c * (m - s);
-    }
+    if constexpr (Targets::kDense) distance += t(part.first + c, c) * (m - s);
   });
   z = part.sum(z);
-  if constexpr (Targets::kDense) {
-    t_sum = part.sum(t_sum);
-    distance = part.sum(distance);
-  }
+  if constexpr (Targets::kDense) distance = part.sum(distance);
+  const Acc t_sum = sum_targets(part, t);
   if (part.n >= rows.N) return;
 
   m = isnan(z) && isfinite(m) ? z : m;  // a NaN among the logits
@@ -200,11 +206,7 @@ __global__ void FUSED_OPS_ROW_BLOCK(T)
   Part<T> part(deal, rows.x, rows.N, rows.C);
   const auto t = targets.row(part.start);
   part.keep(deal);
-  Acc t_sum = 0;
-  if constexpr (Targets::kDense) {
-    for (int64_t c = part.rank; c < part.count; c += part.width) t_sum += t(part.first + c, c);
-    t_sum = part.sum(t_sum);
-  }
+  const Acc t_sum = sum_targets(part, t);
   if (part.n >= rows.N) return;
 
   const Acc g = dlosses[per_row ? part.n : 0] / (divisor ? *divisor : Acc(1));
