@@ -14,7 +14,8 @@ namespace fused_ops {
 
 constexpr int kWarp = 32, kMaxWarps = 32;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a grid
-constexpr int64_t kUnaskedMemory = 16 << 10;            // bytes that a block has, besides what its kernel declares
+// Bytes of dynamic shared memory that a block may have unasked: with what its kernel declares less than 48 KiB.
+constexpr int64_t kUnaskedMemory = 16 * 1024;
 
 // Before a kernel's name: it uses no more registers than a block of the largest size has, on every card. (Without the 1
 // compilers aim for more blocks at a time, and spill.)

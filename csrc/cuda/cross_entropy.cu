@@ -153,7 +153,9 @@ __global__ void FUSED_OPS_ROW_BLOCK(T)
 
   const Acc least = -std::numeric_limits<Acc>::infinity();
   Acc m = least;
-  part.for_elements([&](int64_t, T x_c) { m = fmax(m, widen(x_c)); });  // passes over a NaN
+  part.for_packs([&](int64_t c, auto size) {
+    for (const T x_c : load<Pack<T, size()>>(part.x, c).values) m = fmax(m, widen(x_c));  // passes over a NaN
+  });
   m = cap(part.reduce(m, least, [](Acc a, Acc b) { return fmax(a, b); }));
 
   Acc z = 0, distance = 0;  // Σ exp(s − m), Σ t·(m − s)
