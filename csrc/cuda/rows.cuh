@@ -16,7 +16,7 @@ constexpr int64_t kMostOfWarp = 1024;    // elements of such a row
 constexpr int kMostParts = 8;            // of a row: so many blocks can be a cluster wherever there are clusters
 
 // Of a part, where a row can have so many. An H100 has room for three such blocks on a processor, of which some compute
-// while others wait for memory. A block that has more of a row is alone there, and has more threads.
+// while others wait for memory. A block that has more of a row has fewer beside it, and more threads.
 constexpr int64_t kPartBytes = 72 * 1024;
 constexpr int kMostThreads = 512, kThreadsOfPart = 256;
 
