@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from checks import FLOATS, every_device
 
 import fused_ops
 import fused_ops.functional as F
@@ -314,3 +315,21 @@ def test_has_kernels_says_what_was_built():
     assert import_fused_ops("print(fused_ops.has_kernels('cpu'))", FUSED_OPS_BUILD="0") == ["False"]
     with pytest.raises(RuntimeError):
         fused_ops.has_kernels("no such device")
+
+
+@every_device
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("C", [50, 5003, 100003])
+def test_a_row_has_the_same_loss_wherever_it_lies(C, dtype, device):
+    """Where it begins in memory decides how a kernel reads it, and must not decide what is added to what."""
+    row = (torch.randn(C, generator=torch.Generator().manual_seed(0)) * 5).to(device, dtype)
+    target = torch.tensor([7], device=device)
+
+    def at(offset):
+        logits = torch.empty(offset + C, device=device, dtype=dtype)[offset:].copy_(row)[None].requires_grad_()
+        loss = F.cross_entropy(logits, target, label_smoothing=0.1)
+        return loss, *torch.autograd.grad(loss, logits)
+
+    first = at(0)
+    for offset in range(1, 9):
+        assert all(map(torch.equal, at(offset), first))

@@ -185,6 +185,37 @@ def test_batch_norm_in_a_cuda_graph(N):
         assert_close(recorded, expected, rtol=0, atol=0)
 
 
+@NEEDS_CUDA
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("C", [27, 4096, 50257, 262144], ids=["lanes", "block", "cluster", "8-blocks"])
+def test_cross_entropy_in_a_cuda_graph(C, dtype):
+    """Blocks that share a row wait for each other, and nothing is read back to the host: a pass can be recorded."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(5, C, device="cuda", dtype=dtype, generator=generator) * 5
+    target = torch.randint(C, (5,), device="cuda", generator=generator)
+    target[1] = -100
+    weight = torch.rand(C, device="cuda", dtype=dtype, generator=generator) + 0.5
+    options = -100, "mean", 0.0, 1e-3, 30.0
+
+    def passes(forward, backward, backward_):
+        loss, stats, divisor, made = forward(logits, target, weight, *options, True)
+        saved, over = (target, weight, stats, divisor, *options), logits.clone()
+        dlogits, _ = backward(loss, logits, *saved, True, False)
+        backward_(loss, over, *saved, False)
+        return loss, stats, divisor, made, dlogits, over
+
+    names = "cross_entropy_forward", "cross_entropy_backward", "cross_entropy_backward_"
+    ops = [getattr(torch.ops.fused_ops, name).default for name in names]
+    expected = passes(*ops)
+    assert_close(expected, passes(*(REFERENCES[op] for op in ops)), rtol=2e-2, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = passes(*ops)
+    for _ in range(2):
+        graph.replay()
+        assert_close(recorded, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_network_still_trains(strict):
     """The exported graph has our ops, and they are differentiable there."""

@@ -113,7 +113,7 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
     Moments<Acc> moments[P::kLanes];
     if (statistics.training) {
       x_of_batch.keep(share);
-      wait_for_kept();
+      wait_for_copies();
       add_moments(share, x_of_batch, moments);
       merge_threads(split.threads_apart, moments);
     }
@@ -180,7 +180,7 @@ struct Inputs {
   __device__ void keep(const Share<P>& share) const {
     x.keep(share);
     dy.keep(share);
-    wait_for_kept();
+    wait_for_copies();
   }
 };
 

@@ -3,13 +3,13 @@
 #pragma once
 
 #include <cooperative_groups.h>
-#include <cuda_pipeline.h>
 
 #include <initializer_list>
 
 #include "../empty.h"
 #include "../layout.h"
 #include "block.cuh"
+#include "packs.cuh"
 
 namespace fused_ops {
 
@@ -19,15 +19,6 @@ constexpr int64_t kPacksPerThread = 16;  // at least, of a channel that has seve
 
 // Before a kernel's name: registers for two such blocks at a time, with which none spills. float64 takes more.
 #define FUSED_OPS_SMALL_BLOCK(T) __launch_bounds__(kThreads, std::is_same_v<T, double> ? 1 : 2)
-
-FUSED_OPS_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The least power of 2 that n does not exceed, but not above `most`.
-inline int power_of_2(int64_t n, int most) {
-  int power = 1;
-  while (power < n && power < most) power *= 2;
-  return power;
-}
 
 // Elements cut into pieces of `size`, the last perhaps smaller.
 struct Cut {
@@ -110,13 +101,6 @@ struct Split {
   FUSED_OPS_HOST_DEVICE int64_t blocks() const { return strips * chunks(); }
 };
 
-// What a thread reads and writes at once: neighbours in memory, of kLanes channels. The k-th is of the (k % kLanes)-th.
-template <typename T, int kSize_, int kLanes_>
-struct alignas(sizeof(T) * kSize_) Pack {
-  static constexpr int kSize = kSize_, kLanes = kLanes_;
-  T values[kSize];
-};
-
 // Calls f(P{}) with a pack of 16 bytes, or of one element where rows or one of the tensors don't start at such bounds.
 template <typename T, typename F>
 void dispatch_pack(const Layout& l, std::initializer_list<const void*> tensors, const F& f) {
@@ -191,12 +175,7 @@ template <typename P, typename T, int kAtOnce>
 __device__ void load(const T* from, const Places<kAtOnce>& places, P (&packs)[kAtOnce]) {
 #pragma unroll
   for (int u = 0; u < kAtOnce; ++u)
-    if (u < places.n) packs[u] = *reinterpret_cast<const P*>(from + places.offsets[u]);
-}
-
-template <typename P, typename T>
-__device__ void store(T* to, int64_t offset, const P& pack) {
-  *reinterpret_cast<P*>(to + offset) = pack;
+    if (u < places.n) packs[u] = load<P>(from, places.offsets[u]);
 }
 
 // What a launch does: it finds what the elements of a channel have in common, or applies it to each of them, or both.
@@ -218,16 +197,11 @@ struct TwiceRead {
     return reinterpret_cast<P*>(shared) + (number * task.keeps + first) * kThreads + threadIdx.x;
   }
 
-  // Sets out to fill it, by way of no registers, so that all is under way at once. wait_for_kept() is when it's there.
+  // Sets out to fill it. wait_for_copies() is when it's there.
   __device__ void keep(const Share<P>& share) const {
     if (!task.keeps) return;
-    share.template for_packs<1>([&](const Places<1>& place) {
-      const auto* from = reinterpret_cast<const P*>(tensor + place.offsets[0]);
-      if constexpr (sizeof(P) >= 4)
-        __pipeline_memcpy_async(kept(place.first), from, sizeof(P));
-      else
-        *kept(place.first) = *from;
-    });
+    share.template for_packs<1>(
+        [&](const Places<1>& place) { copy_async(kept(place.first), tensor + place.offsets[0]); });
   }
 
   template <int kAtOnce>
@@ -238,11 +212,6 @@ struct TwiceRead {
       if (u < places.n) packs[u] = kept(places.first)[u * kThreads];
   }
 };
-
-__device__ inline void wait_for_kept() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
-}
 
 // Merges what the threads of a block have of the same channels, always in the same order: then all have it. V is
 // trivially copyable and has merge(V).
@@ -309,7 +278,6 @@ void launch_over(const Batch& batch, bool merges, int twice_read, void (*kernel)
   const int64_t chunks = split.packs() / kPacksPerThread;
   if (chunks > 1) split.cut_strips(std::clamp<int64_t>((merges ? together(0) : kBlocks) / split.strips, 1, chunks));
   const Grid grid{split.blocks(), split.threads()};
-  STD_TORCH_CHECK(grid.blocks <= kMaxBlocks, "expected at most ", kMaxBlocks, " blocks of channels");
   const bool applies = twice_read > 0;
   if (!merges || split.chunks() == 1)
     return launch(batch.input, grid, kernel, split, Task{true, applies, 0}, nullptr, args...);

@@ -1,27 +1,18 @@
 // Cross-entropy. Derivation and names: fused_ops/ops/cross_entropy.py.
 //
-// One block a row. It reads the row from memory once and then from cache: its maximum first, then the sums. Sums are
-// taken in a fixed order, so a result is the same every time. Nothing is read back to the host: a target out of bounds
-// stops the kernel with a device-side assertion.
+// A row is read from memory once, to where it is needed again: the shared memory of a block, or of a cluster of them
+// (rows.cuh). There its maximum is found, then the sums, then its gradient, which is written once. Sums are taken in a
+// fixed order, so a result is the same every time. Nothing is read back to the host: a target out of bounds stops the
+// kernel with a device-side assertion.
 #include <cassert>
 #include <cstdio>
 #include <limits>
-#include <type_traits>
 
 #include "../cross_entropy.h"
-#include "block.cuh"
+#include "rows.cuh"
 
 namespace fused_ops {
 namespace {
-
-// Threads of a row's largest block. In float64 a thread takes more registers than one of 1,024 threads has for each.
-template <typename T>
-constexpr int kMostThreads = kWarp * (std::is_same_v<T, double> ? kMaxWarps / 2 : kMaxWarps);
-
-template <typename T>
-int threads_for_row(int64_t C) {
-  return std::min(threads_for(C), kMostThreads<T>);
-}
 
 // The rows as a kernel sees them.
 template <typename T, typename Acc = accumulate_t<T>>
@@ -56,43 +47,133 @@ struct DeviceRows {
   __device__ Acc weight(int64_t target) const { return y && w ? w[target] : Acc(1); }
 };
 
-// Σ t of a row, in every thread of its block; 0 for class indices without smoothing.
-template <typename Acc, typename Targets>
-__device__ Acc sum_targets(int64_t C, Targets t) {
+// exp(x) for the logits of type T. Of 16 bits there are so many a second that a kernel would wait for expf, not for
+// memory: there it is the card's own 2^x, of a product that is rounded before, with a relative error about 2^-24·|x|.
+template <typename T, typename Acc = accumulate_t<T>>
+__device__ Acc exp_of(Acc x) {
+  if constexpr (sizeof(T) == 2) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kInverseLn2));
+    return power;
+  } else {
+    return exp(x);
+  }
+}
+
+// What the mean divides by: the rows' weights, in one block.
+template <typename T, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_ANY_BLOCK find_divisor(DeviceRows<T> rows, Acc* divisor) {
+  double kept_weight = 0;
+  for (int64_t n = threadIdx.x; n < rows.N; n += blockDim.x) {
+    const int64_t y = rows.target(n);
+    if (y >= 0) kept_weight += rows.weight(y);
+  }
+  kept_weight = block_sum(kept_weight);
+  if (threadIdx.x == 0) *divisor = static_cast<Acc>(kept_weight);
+}
+
+// Σ t, without what the target alone has; 0 for class indices without smoothing. Both passes add it up here: so the
+// same gradient comes from each.
+template <typename T, typename Targets, typename Acc = accumulate_t<T>>
+__device__ Acc sum_targets(const Part<T>& part, const Targets& t) {
   Acc sum = 0;
   if constexpr (Targets::kDense) {
-    for (int64_t c = threadIdx.x; c < C; c += blockDim.x) sum += t(c, c);
-    sum = block_sum(sum);
+    part.for_elements([&](int64_t c, T) { sum += t(part.first + c, c); });
+    sum = part.sum(sum);
   }
   return sum;
 }
 
+// What the gradients of a row's elements have in common.
+template <typename Acc>
+struct Common {
+  int64_t y;       // the target, negative in a row that is ignored
+  Acc m, log_z;    // lse = m + log_z
+  Acc g, A;        // of dx_c = g·(A·p_c − t_c)·k_c
+  Acc nll, share;  // what t has at the target alone; what w_c is multiplied by elsewhere, with smoothing
+
+  // `t_sum` is sum_targets, which with smoothing is Σ w.
+  template <typename T>
+  __device__ Common(const DeviceRows<T>& rows, int64_t y, Acc t_sum, Acc m, Acc log_z, Acc g)
+      : y(y), m(m), log_z(log_z), g(g), share(rows.label_smoothing / rows.C) {
+    nll = rows.y && y >= 0 ? (1 - rows.label_smoothing) * rows.weight(y) : Acc(0);
+    A = nll + (rows.y ? share * t_sum : t_sum) + 2 * rows.z_loss * (m + log_z);
+  }
+};
+
+// dx_c = g·(A·p_c − t_c)·k_c and dy_c = g·dt/dy·(lse − s_c), where not null; 0 in a row that is ignored. dx may lie
+// where x does: a thread reads an element before it writes it, and nobody else reads it.
 template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-__global__ void __launch_bounds__(kMostThreads<T>, 1)
-    row_losses(DeviceRows<T> rows, Cap cap, Targets targets, Acc* m_out, Acc* log_z_out, Acc* losses) {
-  for (int64_t n = blockIdx.x; n < rows.N; n += gridDim.x) {
-    const T* x = rows.x + n * rows.C;
-    const auto t = targets.row(n * rows.C);
-    const Acc least = -std::numeric_limits<Acc>::infinity();
-    Acc m = least;
-    for (int64_t c = threadIdx.x; c < rows.C; c += blockDim.x) m = fmax(m, widen(x[c]));  // passes over a NaN
-    m = cap(block_reduce(m, least, [](Acc a, Acc b) { return fmax(a, b); }));
+__device__ void write_gradients(const Part<T>& part, const Cap& cap, const Targets& t, const Common<Acc>& row,
+                                T* dlogits, T* dtarget) {
+  T *dx_row = dlogits ? dlogits + part.start : nullptr, *dy_row = dtarget ? dtarget + part.start : nullptr;
+  if (row.y < 0) return part.for_packs([&](int64_t c, auto size) { store(dx_row, c, Pack<T, size()>{}); }, dx_row);
+  const T* y_row = nullptr;
+  if constexpr (Targets::kProbabilities) y_row = t.y;
+  part.for_packs(
+      [&](int64_t c, auto size) {
+        using P = Pack<T, size()>;
+        const P x = load<P>(part.x, c);
+        P dx, y, dy;
+        [[maybe_unused]] Targets t_of_pack = t;
+        if constexpr (Targets::kProbabilities) {
+          y = load<P>(y_row, c);
+          t_of_pack.y = y.values;
+        }
+        const int64_t c_first = part.first + c, until_y = row.y - c_first;
+        const int k_of_y = 0 <= until_y && until_y < P::kSize ? static_cast<int>(until_y) : -1;
+#pragma unroll
+        for (int k = 0; k < P::kSize; ++k) {
+          const Acc s = cap(widen(x.values[k])), neg_logp = row.log_z - (s - row.m), p = exp_of<T>(-neg_logp);
+          Acc t_c = 0;
+          if constexpr (Targets::kProbabilities) {
+            t_c = t_of_pack(c_first + k, k);
+            dy.values[k] = narrow<T>(row.g * t.slope(c_first + k) * neg_logp);
+          } else {
+            t_c = k == k_of_y ? row.nll : Acc(0);
+            if constexpr (Targets::kDense) t_c += row.share * t(c_first + k, k);
+          }
+          dx.values[k] = narrow<T>(row.g * (row.A * p - t_c) * cap.slope(s));
+        }
+        if (dx_row) store(dx_row, c, dx);
+        if (dy_row) store(dy_row, c, dy);
+      },
+      dx_row, dy_row, y_row);
+}
 
-    Acc z = 0, distance = 0;  // Σ exp(s − m), Σ t·(m − s)
-    for (int64_t c = threadIdx.x; c < rows.C; c += blockDim.x) {
-      const Acc s = cap(widen(x[c]));
-      z += exp(s - m);
-      if constexpr (Targets::kDense) distance += t(c, c) * (m - s);
-    }
-    z = block_sum(z);
-    if constexpr (Targets::kDense) distance = block_sum(distance);
-    const Acc t_sum = sum_targets<Acc>(rows.C, t);
-    if (threadIdx.x > 0) continue;
+// m, log_z and the loss of each row; and dlogits for dloss = 1, where not null. `divisor` is null but for the mean.
+template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_ROW_BLOCK(T)
+    row_losses(Deal deal, DeviceRows<T> rows, Cap cap, Targets targets, const Acc* divisor, Acc* m_out, Acc* log_z_out,
+               Acc* losses, T* dlogits) {
+  Part<T> part(deal, rows.x, rows.N, rows.C);
+  const T* const x = part.x;
+  const auto t = targets.row(part.start);
+  part.keep(deal);
 
-    m = isnan(z) && isfinite(m) ? z : m;  // a NaN among the logits
-    const Acc log_z = log(z), lse = m + log_z;
+  const Acc least = -std::numeric_limits<Acc>::infinity();
+  Acc m = least;
+  part.for_packs([&](int64_t c, auto size) {
+    for (const T x_c : load<Pack<T, size()>>(part.x, c).values) m = fmax(m, widen(x_c));  // passes over a NaN
+  });
+  m = cap(part.reduce(m, least, [](Acc a, Acc b) { return fmax(a, b); }));
+
+  Acc z = 0, distance = 0;  // Σ exp(s − m), Σ t·(m − s)
+  part.for_elements([&](int64_t c, T x_c) {
+    const Acc s = cap(widen(x_c));
+    z += exp_of<T>(s - m);
+    if constexpr (Targets::kDense) distance += t(part.first + c, c) * (m - s);
+  });
+  z = part.sum(z);
+  if constexpr (Targets::kDense) distance = part.sum(distance);
+  const Acc t_sum = sum_targets(part, t);
+  if (part.n >= rows.N) return;
+
+  m = isnan(z) && isfinite(m) ? z : m;  // a NaN among the logits
+  const Acc log_z = log(z), lse = m + log_z;
+  const int64_t y = rows.target(part.n);
+  if (part.rank == 0 && part.first == 0) {
     const Acc dense = rows.C ? t_sum * log_z + distance : Acc(0);  // Σ t·(lse − s)
-    const int64_t y = rows.target(n);
     Acc loss = 0;
     if constexpr (Targets::kProbabilities) {
       loss = dense;
@@ -101,79 +182,49 @@ __global__ void __launch_bounds__(kMostThreads<T>, 1)
       if constexpr (Targets::kDense) loss = (1 - rows.label_smoothing) * loss + rows.label_smoothing / rows.C * dense;
     }
     if (y >= 0 && rows.z_loss != 0) loss += rows.z_loss * lse * lse;
-    m_out[n] = m;
-    log_z_out[n] = log_z;
-    losses[n] = loss;
+    m_out[part.n] = m;
+    log_z_out[part.n] = log_z;
+    losses[part.n] = loss;
   }
+  if (!dlogits) return;
+  const Common<Acc> row(rows, y, t_sum, m, log_z, 1 / (divisor ? *divisor : Acc(1)));
+  write_gradients(part, cap, t, row, dlogits, static_cast<T*>(nullptr));
 }
 
-// In one block: what the mean divides by, and the losses' sum or mean (`loss` is null where they are not reduced).
-template <typename T, typename Acc = accumulate_t<T>>
-__global__ void FUSED_OPS_ANY_BLOCK reduce_losses(DeviceRows<T> rows, const Acc* losses, bool mean, Acc* loss,
-                                                  Acc* divisor) {
-  double sum = 0, kept_weight = 0;
-  for (int64_t n = threadIdx.x; n < rows.N; n += blockDim.x) {
-    const int64_t y = rows.target(n);
-    sum += losses[n];
-    if (y >= 0) kept_weight += rows.weight(y);
-  }
+// The losses' sum, over the divisor where that is not null, in one block.
+template <typename Acc>
+__global__ void FUSED_OPS_ANY_BLOCK reduce_losses(int64_t N, const Acc* losses, const Acc* divisor, Acc* loss) {
+  double sum = 0;
+  for (int64_t n = threadIdx.x; n < N; n += blockDim.x) sum += losses[n];
   sum = block_sum(sum);
-  kept_weight = block_sum(kept_weight);
-  if (threadIdx.x > 0) return;
-  *divisor = static_cast<Acc>(kept_weight);
-  if (loss) *loss = static_cast<Acc>(mean ? sum / kept_weight : sum);
+  if (threadIdx.x == 0) *loss = static_cast<Acc>(divisor ? sum / *divisor : sum);
 }
 
-// dx_c = g·(A·p_c − t_c)·k_c and dy_c = g·dt/dy·(lse − s_c), where not null. dx may lie where x does: a thread reads an
-// element before it writes it, and nobody else reads it. `dlosses` is null for ones, `divisor` but for the mean.
+// dlogits and dtarget, where not null, from the saved m and log_z. `divisor` is null but for the mean.
 template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
-__global__ void __launch_bounds__(kMostThreads<T>, 1)
-    row_gradients(DeviceRows<T> rows, Cap cap, Targets targets, const Acc* m, const Acc* log_z, const Acc* dlosses,
-                  bool per_row, const Acc* divisor, T* dlogits, T* dtarget) {
-  const Acc share = rows.label_smoothing / rows.C;
-  Acc w_sum = 0;  // Σ w, of smoothed class indices
-  if constexpr (Targets::kDense && !Targets::kProbabilities) w_sum = sum_targets<Acc>(rows.C, targets);
-  for (int64_t n = blockIdx.x; n < rows.N; n += gridDim.x) {
-    const int64_t y = rows.target(n);
-    const auto t = targets.row(n * rows.C);
-    const Acc g = (dlosses ? dlosses[per_row ? n : 0] : Acc(1)) / (divisor ? *divisor : Acc(1));
-    Acc nll_t = 0, t_sum = share * w_sum;  // what t has at the target alone; Σ t
-    if constexpr (Targets::kProbabilities)
-      t_sum = sum_targets<Acc>(rows.C, t);
-    else
-      nll_t = y < 0 ? Acc(0) : (1 - rows.label_smoothing) * rows.weight(y);
-    const Acc A = nll_t + t_sum + 2 * rows.z_loss * (m[n] + log_z[n]);
-    for (int64_t c = threadIdx.x; c < rows.C; c += blockDim.x) {
-      const int64_t i = n * rows.C + c;
-      const Acc s = cap(widen(rows.x[i])), neg_logp = log_z[n] - (s - m[n]);
-      if constexpr (Targets::kProbabilities) {
-        if (dlogits) dlogits[i] = narrow<T>(g * (A * exp(-neg_logp) - t(c, c)) * cap.slope(s));
-        if (dtarget) dtarget[i] = narrow<T>(g * t.slope(c) * neg_logp);
-      } else {
-        const Acc t_c = share * t(c, c) + (c == y ? nll_t : Acc(0));
-        dlogits[i] = y < 0 ? T(0) : narrow<T>(g * (A * exp(-neg_logp) - t_c) * cap.slope(s));
-      }
-    }
-  }
+__global__ void FUSED_OPS_ROW_BLOCK(T)
+    row_gradients(Deal deal, DeviceRows<T> rows, Cap cap, Targets targets, const Acc* m, const Acc* log_z,
+                  const Acc* dlosses, bool per_row, const Acc* divisor, T* dlogits, T* dtarget) {
+  Part<T> part(deal, rows.x, rows.N, rows.C);
+  const auto t = targets.row(part.start);
+  part.keep(deal);
+  const Acc t_sum = sum_targets(part, t);
+  if (part.n >= rows.N) return;
+
+  const Acc g = dlosses[per_row ? part.n : 0] / (divisor ? *divisor : Acc(1));
+  const Common<Acc> row(rows, rows.target(part.n), t_sum, m[part.n], log_z[part.n], g);
+  write_gradients(part, cap, t, row, dlogits, dtarget);
 }
 
-// Launches row_gradients.
 template <typename T, typename Acc = accumulate_t<T>>
-void launch_gradients(const Rows& rows, const Acc* stats, const Acc* dlosses, const Acc* divisor, T* dlogits,
-                      T* dtarget) {
-  if (rows.R == 0 || rows.C == 0) return;
-  dispatch_forms<T>(rows, [&](auto cap, auto targets) {
-    launch(rows.logits, {rows.R, threads_for_row<T>(rows.C)}, row_gradients<T, decltype(cap), decltype(targets)>,
-           DeviceRows<T>(rows), cap, targets, stats, stats + rows.R, dlosses, rows.per_row,
-           rows.mean ? divisor : nullptr, dlogits, dtarget);
-  });
-}
-
-template <typename T>
 void launch_gradients(const Rows& rows, const RowGradients& gradients, T* dlogits, T* dtarget) {
-  using Acc = accumulate_t<T>;
-  launch_gradients<T>(rows, gradients.stats.const_data_ptr<Acc>(), gradients.dlosses.const_data_ptr<Acc>(),
-                      gradients.divisor.const_data_ptr<Acc>(), dlogits, dtarget);
+  if (rows.C == 0) return;
+  const Acc* stats = gradients.stats.const_data_ptr<Acc>();
+  dispatch_forms<T>(rows, [&](auto cap, auto targets) {
+    launch_rows<T>(rows.logits, rows.R, rows.C, row_gradients<T, decltype(cap), decltype(targets)>, DeviceRows<T>(rows),
+                   cap, targets, stats, stats + rows.R, gradients.dlosses.const_data_ptr<Acc>(), rows.per_row,
+                   rows.mean ? gradients.divisor.const_data_ptr<Acc>() : nullptr, dlogits, dtarget);
+  });
 }
 
 // dx times *dloss: where that is 1, as it mostly is, nothing is written. Rows that are ignored stay 0, as no number
@@ -220,17 +271,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, 
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
     const DeviceRows<T> on_device(rows);
-    Acc* m = stats.mutable_data_ptr<Acc>();
-    Acc* of_row = losses.mutable_data_ptr<Acc>();
-    if (rows.R > 0)
-      dispatch_forms<T>(rows, [&](auto cap, auto targets) {
-        launch(logits, {rows.R, threads_for_row<T>(rows.C)}, row_losses<T, decltype(cap), decltype(targets)>, on_device,
-               cap, targets, m, m + rows.R, of_row);
-      });
-    launch(logits, {1, threads_for(rows.R)}, reduce_losses<T>, on_device, of_row, rows.mean,
-           rows.per_row ? nullptr : loss.mutable_data_ptr<Acc>(), divisor.mutable_data_ptr<Acc>());
-    if (dlogits.numel())
-      launch_gradients<T, Acc>(rows, m, nullptr, divisor.const_data_ptr<Acc>(), dlogits.mutable_data_ptr<T>(), nullptr);
+    Acc *m = stats.mutable_data_ptr<Acc>(), *of_row = losses.mutable_data_ptr<Acc>();
+    Acc* kept_weight = divisor.mutable_data_ptr<Acc>();
+    const Acc* over = rows.mean ? kept_weight : nullptr;
+    launch(logits, {1, threads_for(rows.R)}, find_divisor<T>, on_device, kept_weight);
+    dispatch_forms<T>(rows, [&](auto cap, auto targets) {
+      launch_rows<T>(logits, rows.R, rows.C, row_losses<T, decltype(cap), decltype(targets)>, on_device, cap, targets,
+                     over, m, m + rows.R, of_row, data_or_null<T>(dlogits));
+    });
+    if (!rows.per_row)
+      launch(logits, {1, threads_for(rows.R)}, reduce_losses<Acc>, rows.R, of_row, over, loss.mutable_data_ptr<Acc>());
   });
   return {loss, stats, divisor, from_rows(dlogits, logits)};
 }

@@ -1,0 +1,151 @@
+// Rows of classes on the device: how they are dealt out to blocks, the part of a row that a block has, and what its
+// threads, and the blocks of the row's other parts, find out together.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <type_traits>
+
+#include "block.cuh"
+#include "packs.cuh"
+
+namespace fused_ops {
+
+constexpr int kThreadsSideBySide = 128;  // of a block that has several rows, each with a warp at most
+constexpr int64_t kMostOfWarp = 1024;    // elements of such a row
+constexpr int kMostParts = 8;            // of a row: so many blocks can be a cluster wherever there are clusters
+
+// Of a part, where a row can have so many. An H100 has room for three such blocks on a processor, of which some compute
+// while others wait for memory. A block that has more of a row has fewer beside it, and more threads.
+constexpr int64_t kPartBytes = 72 * 1024;
+constexpr int kMostThreads = 512, kThreadsOfPart = 256;
+
+// Before a kernel's name: registers for two of the largest blocks at a time. float64 takes more.
+#define FUSED_OPS_ROW_BLOCK(T) __launch_bounds__(kMostThreads, std::is_same_v<T, double> ? 1 : 2)
+
+// How rows are dealt out. A row has some threads of a block; or a block; or the blocks of a cluster, each with a part.
+struct Deal {
+  int width, parts;    // threads of a row in a block; blocks of a row
+  int64_t size;        // elements of a part, but for the last
+  int64_t part_bytes;  // of shared memory, for a block's part of each of its rows; 0 if it is not kept, but read again
+};
+
+// What a block has of a row, or of one of several rows side by side, and a thread's place there. Classes are counted
+// from the first of the part.
+template <typename T>
+struct Part {
+  static constexpr int kPack = 16 / sizeof(T);
+  int64_t n, first, count;  // the row, the first class, and how many; none where there are no more rows
+  int64_t start;            // in memory, of all rows
+  int rank, width, parts;
+  const T* x;
+
+  __device__ Part(const Deal& deal, const T* rows, int64_t N, int64_t C)
+      : rank(threadIdx.x % deal.width), width(deal.width), parts(deal.parts) {
+    n = int64_t{blockIdx.x} / parts * (blockDim.x / width) + threadIdx.x / width;
+    first = blockIdx.x % parts * deal.size;
+    count = n < N ? max(int64_t{0}, min(deal.size, C - first)) : 0;
+    start = n < N ? n * C + first : 0;
+    x = rows + start;
+  }
+
+  // Reads the part, to where x then is. All threads of the block call it.
+  __device__ void keep(const Deal& deal) {
+    if (!deal.part_bytes) return;
+    extern __shared__ __align__(16) unsigned char shared[];
+    T* kept = reinterpret_cast<T*>(shared + threadIdx.x / width * deal.part_bytes) + beyond_bound(x);
+    for_packs([&](int64_t c, auto size) { copy_async(reinterpret_cast<Pack<T, size()>*>(kept + c), x + c); });
+    wait_for_copies();
+    __syncthreads();
+    x = kept;
+  }
+
+  // Calls f(c, size) for each c from which on there are `size` elements for the thread: kPack of them, where a pack
+  // begins in all the arrays (null for none), and single ones before and after. No two threads have the same elements;
+  // which they have depends on where memory begins.
+  template <typename F, typename... Arrays>
+  __device__ void for_packs(const F& f, const Arrays*... arrays) const {
+    const int64_t before = (kPack - beyond_bound(x)) % kPack;
+    const bool alike = ((!arrays || beyond_bound(arrays) == beyond_bound(x)) && ...);
+    const int64_t head = alike ? min(before, count) : count, in_packs = (count - head) / kPack * kPack;
+    for (int64_t c = head + int64_t{rank} * kPack; c < head + in_packs; c += int64_t{width} * kPack)
+      f(c, std::integral_constant<int, kPack>{});
+    for (int64_t i = rank; i < count - in_packs; i += width)
+      f(i < head ? i : i + in_packs, std::integral_constant<int, 1>{});
+  }
+
+  // Calls f(c, x_c) for the thread's elements, by the same threads in the same order wherever the part lies: so sums
+  // are the same, too.
+  template <typename F>
+  __device__ void for_elements(const F& f) const {
+    const bool in_packs = beyond_bound(x) == 0;
+    for (int64_t c = int64_t{rank} * kPack; c < count; c += int64_t{width} * kPack) {
+      if (in_packs && c + kPack <= count) {
+        const auto pack = load<Pack<T, kPack>>(x, c);
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) f(c + k, pack.values[k]);
+      } else {
+        for (int k = 0; k < kPack && c + k < count; ++k) f(c + k, load<Pack<T, 1>>(x, c + k).values[0]);
+      }
+    }
+  }
+
+  // Combines a value from each thread that has elements of the row, in all its parts; all of them get the result. The
+  // order is fixed, and so the result. All threads of the block call it.
+  template <typename V, typename Combine>
+  __device__ V reduce(V value, V identity, const Combine& combine) const {
+    if (width < blockDim.x) {  // rows side by side
+      for (int distance = width / 2; distance > 0; distance /= 2)
+        value = combine(value, __shfl_xor_sync(0xffffffff, value, distance));
+      return value;
+    }
+    value = block_reduce(value, identity, combine);
+#if __CUDA_ARCH__ >= 900
+    if (parts > 1) {
+      __shared__ V of_block;
+      const auto cluster = cooperative_groups::this_cluster();
+      if (threadIdx.x == 0) of_block = value;
+      cluster.sync();
+      const int other = threadIdx.x % kWarp;
+      value = warp_reduce(other < parts ? *cluster.map_shared_rank(&of_block, other) : identity, combine);
+      cluster.sync();  // all have read of_block: it may be written again, and its block may end
+    }
+#endif
+    return value;
+  }
+
+  template <typename V>
+  __device__ V sum(V value) const {
+    return reduce(value, V(0), [](V a, V b) { return a + b; });
+  }
+
+ private:
+  // How many elements behind a bound of 16 bytes.
+  __device__ static int beyond_bound(const void* at) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(at) % 16 / sizeof(T));
+  }
+};
+
+// Has a kernel go over N rows of C elements.
+template <typename T, typename... Parameters, typename... Args>
+void launch_rows(const Tensor& on, int64_t N, int64_t C, void (*kernel)(Deal, Parameters...), Args... args) {
+  if (N == 0) return;
+  const auto device = on.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const bool side_by_side = C <= kMostOfWarp;
+  Deal deal;
+  deal.parts = side_by_side ? 1 : power_of_2(ceil_div(C * int64_t{sizeof(T)}, kPartBytes), kMostParts);
+  if (deal.parts > 1 && !can_cluster(device, kernel)) deal.parts = 1;
+  deal.size = ceil_div(ceil_div(C, deal.parts), Part<T>::kPack) * Part<T>::kPack;  // so that parts begin alike
+  deal.part_bytes = (deal.size + Part<T>::kPack) * int64_t{sizeof(T)};  // one pack more, as a part may begin in one
+  const int most = deal.part_bytes > kPartBytes ? kMostThreads : kThreadsOfPart;
+  deal.width = side_by_side ? power_of_2(ceil_div(C, 4), kWarp) : power_of_2(ceil_div(deal.size, 32), most);
+
+  const int threads = side_by_side ? kThreadsSideBySide : deal.width;
+  const int64_t rows = threads / deal.width;  // of a block
+  if (!allow_memory(device, kernel, rows * deal.part_bytes)) deal.part_bytes = 0;
+  const Grid grid{ceil_div(N, rows) * deal.parts, threads, rows * deal.part_bytes, false, deal.parts};
+  launch(on, grid, kernel, deal, args...);
+}
+
+}  // namespace fused_ops
