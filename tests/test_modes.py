@@ -160,6 +160,15 @@ def test_a_network_of_our_layers_runs_in_cuda_graphs():
             assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
+def assert_replays(passes, expected):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = passes()
+    for _ in range(2):
+        graph.replay()
+        assert_close(recorded, expected, rtol=0, atol=0)
+
+
 @NEEDS_CUDA
 @pytest.mark.parametrize("N", [64, 4096], ids=["on-chip", "off-chip"])  # 2 MiB, 128 MiB
 def test_batch_norm_in_a_cuda_graph(N):
@@ -177,12 +186,7 @@ def test_batch_norm_in_a_cuda_graph(N):
     ops = torch.ops.fused_ops.batch_norm_forward.default, torch.ops.fused_ops.batch_norm_backward.default
     expected = passes(*ops)
     assert_close(expected, passes(*(REFERENCES[op] for op in ops)), rtol=1e-3, atol=1e-4)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = passes(*ops)
-    for _ in range(2):
-        graph.replay()
-        assert_close(recorded, expected, rtol=0, atol=0)
+    assert_replays(lambda: passes(*ops), expected)
 
 
 @NEEDS_CUDA
@@ -208,12 +212,7 @@ def test_cross_entropy_in_a_cuda_graph(C, dtype):
     ops = [getattr(torch.ops.fused_ops, name).default for name in names]
     expected = passes(*ops)
     assert_close(expected, passes(*(REFERENCES[op] for op in ops)), rtol=2e-2, atol=0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = passes(*ops)
-    for _ in range(2):
-        graph.replay()
-        assert_close(recorded, expected, rtol=0, atol=0)
+    assert_replays(lambda: passes(*ops), expected)
 
 
 @pytest.mark.parametrize("strict", [False, True])
