@@ -12,7 +12,10 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import is_grad_enabled
+from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,11 +99,11 @@ def differentiable(op, function, results=None):
     apply = applied(function, results)
 
     def call(*args):
-        transformed = torch._C._are_functorch_transforms_active()
-        if torch.compiler.is_compiling():
+        transformed = transforms_active()
+        if is_compiling():
             # a transform's: plain ops, which the compiler can differentiate and batch as it traces
             outputs = (REFERENCES[op] if transformed else op)(*args)
-        elif transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        elif transformed or is_grad_enabled() or forward_ad._current_level >= 0:
             return apply(*args)
         else:  # nobody differentiates this call: it need not pay for a graph
             outputs = function.forward(*args)
@@ -110,11 +113,28 @@ def differentiable(op, function, results=None):
 
 
 def applied(function, results=None):
-    """A callable that is `function.apply`, but returns the first `results` of the outputs, a tuple.
+    """A callable that is `function.apply`, but returns the first `results` of the outputs, a tuple."""
+    apply_outside = applied_outside_transforms(function, results)
 
-    Outside of `torch.func`'s transforms it does without what Function.apply does for these, which takes longer than a
-    small op. For that it has the function in PyTorch's other style: what only `backward` takes is no output there,
-    which autograd would wrap.
+    def apply(*args):
+        if not transforms_active():
+            return apply_outside(*args)
+        stack = torch._C._functorch.get_interpreter_stack()
+        if [i.key() for i in stack].count(torch._C._functorch.TransformType.Jvp) > 1:
+            raise RuntimeError(
+                f"{function.__name__}: forward mode within forward mode is not supported; "
+                "use reverse mode for one of the two, as torch.func.hessian does"
+            )
+        return function.apply(*args)[:results]
+
+    return apply
+
+
+def applied_outside_transforms(function, results=None):
+    """As `applied`, but only for calls outside of `torch.func`'s transforms.
+
+    It does without what Function.apply does for these, which takes longer than a small op. For that it has the function
+    in PyTorch's other style: what only `backward` takes is no output there, which autograd would wrap.
     """
 
     def forward(ctx, *args):
@@ -130,20 +150,7 @@ def applied(function, results=None):
         "setup_context": torch.autograd.Function.setup_context,  # that is, forward has a ctx of its own
         "jvp": staticmethod(jvp),
     }
-    apply_outside_transforms = super(torch.autograd.Function, type(function.__name__, (function,), members)).apply
-
-    def apply(*args):
-        if not torch._C._are_functorch_transforms_active():
-            return apply_outside_transforms(*args)
-        stack = torch._C._functorch.get_interpreter_stack()
-        if [i.key() for i in stack].count(torch._C._functorch.TransformType.Jvp) > 1:
-            raise RuntimeError(
-                f"{function.__name__}: forward mode within forward mode is not supported; "
-                "use reverse mode for one of the two, as torch.func.hessian does"
-            )
-        return function.apply(*args)[:results]
-
-    return apply
+    return super(torch.autograd.Function, type(function.__name__, (function,), members)).apply
 
 
 def batch_first(t, dim, B):

@@ -15,7 +15,8 @@ using namespace fused_ops;
   }
 
 LOOP(exp, float, float, fused_ops::exp(x))
-LOOP(exp_of_softmax, float, float, exp_of_softmax(x))
+LOOP(exp_of_softmax, float, float, exp_of_softmax<float>(x))
+LOOP(exp_of_softmax_16, float, float, exp_of_softmax<c10::BFloat16>(x))
 LOOP(log, float, float, fused_ops::log(x))
 LOOP(tanh, float, float, fused_ops::tanh(x))
 LOOP(normal_distribution, float, float, normal_distribution(x, fused_ops::exp(-0.5f * x * x)))

@@ -49,15 +49,16 @@ def test_cross_entropy_in_a_cuda_graph(C, dtype):
     weight = torch.rand(C, device="cuda", dtype=dtype, generator=generator) + 0.5
     options = -100, "mean", 0.0, 1e-3, 30.0
 
-    def passes(forward, backward, backward_):
-        loss, stats, divisor, made = forward(logits, target, weight, *options, True)
+    def passes(forward, with_gradient, backward, backward_):
+        loss, stats, divisor = forward(logits, target, weight, *options)
+        _, made = with_gradient(logits, target, weight, *options)
         saved, over = (target, weight, stats, divisor, *options), logits.clone()
         dlogits, _ = backward(loss, logits, *saved, True, False)
         backward_(loss, over, *saved, False)
         return loss, stats, divisor, made, dlogits, over
 
-    names = "cross_entropy_forward", "cross_entropy_backward", "cross_entropy_backward_"
-    ops = [getattr(torch.ops.fused_ops, name).default for name in names]
+    names = "forward", "with_gradient", "backward", "backward_"
+    ops = [getattr(torch.ops.fused_ops, f"cross_entropy_{name}").default for name in names]
     expected = passes(*ops)
     assert_close(expected, passes(*(REFERENCES[op] for op in ops)), rtol=2e-2, atol=0)
     assert_replays(lambda: passes(*ops), expected)

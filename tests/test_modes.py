@@ -75,7 +75,7 @@ def test_a_subclass_is_asked_and_returned(loss):
     Recording.called.clear()
     out = loss(INPUT.as_subclass(Recording), LINEAR_WEIGHT, CLASSES, LINEAR_BIAS)
     assert type(out) is Recording
-    assert f"fused_ops.{loss.__name__}_forward.default" in Recording.called
+    assert any(name.startswith(f"fused_ops.{loss.__name__}_") for name in Recording.called)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -50,21 +50,29 @@ struct Elements {
   Elements from(int64_t i) const { return {x + i, y ? y + i : nullptr, dx ? dx + i : nullptr, dy ? dy + i : nullptr}; }
 };
 
-// Copies rows from r on, wherever they lie, side by side; and back.
+// f(place in memory, place side by side) of every element of rows from r on, wherever they lie.
+template <typename F>
+void for_places(const Rows& rows, int64_t r, int64_t count, const F& f) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = rows.start(r + i);
+    if (rows.D == 1) {  // known to the compiler
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < rows.C; ++c) f(start + c, c * kLanes + i);
+    } else {
+      for (int64_t c = 0; c < rows.C; ++c) f(start + c * rows.D, c * kLanes + i);
+    }
+  }
+}
+
+// Copies rows from r on side by side; and back.
 template <typename T>
 void gather(const Rows& rows, int64_t r, int64_t count, const T* x, T* side_by_side) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T* row = x + rows.start(r + i);
-    for (int64_t c = 0; c < rows.C; ++c) side_by_side[c * kLanes + i] = row[c * rows.D];
-  }
+  for_places(rows, r, count, [=](int64_t place, int64_t beside) { side_by_side[beside] = x[place]; });
 }
 
 template <typename T>
 void scatter(const Rows& rows, int64_t r, int64_t count, const T* side_by_side, T* x) {
-  for (int64_t i = 0; i < count; ++i) {
-    T* row = x + rows.start(r + i);
-    for (int64_t c = 0; c < rows.C; ++c) row[c * rows.D] = side_by_side[c * kLanes + i];
-  }
+  for_places(rows, r, count, [=](int64_t place, int64_t beside) { x[place] = side_by_side[beside]; });
 }
 
 // Calls f(block, its first row, its elements, a buffer for its steps) until all rows are done. A block is a few long
@@ -79,14 +87,14 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
   const int64_t steps = long_rows ? ceil_div(C, kLanes) : C;
   const int64_t long_rows_at_once =
       std::clamp<int64_t>(kBufferSize / (std::max<int64_t>(1, steps) * kLanes), 1, kLanes);
-  const int64_t buffer_size = kLanes * steps * (long_rows ? long_rows_at_once : 1);
+  const int64_t buffer_steps = steps * (long_rows ? long_rows_at_once : 1);
   const int64_t gathered_size = gathered ? kLanes * C : 0;
-  const std::unique_ptr<Acc[]> buffers(new Acc[tasks * buffer_size]);
+  const std::unique_ptr<Step<Acc>[]> buffers(new Step<Acc>[tasks * buffer_steps]);
   const std::unique_ptr<T[]> gatherings(new T[tasks * 4 * gathered_size]);
 
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
     for (int64_t task = first_task; task < last_task; ++task) {
-      Acc* buffer = buffers.get() + task * buffer_size;
+      Acc* buffer = buffers[task * buffer_steps].lanes;
       T* x = gatherings.get() + task * 4 * gathered_size;
       T *y = x + gathered_size, *dx = y + gathered_size, *dy = dx + gathered_size;
       const Elements<T> in_cache{x, all.y ? y : nullptr, all.dx ? dx : nullptr, all.dy ? dy : nullptr};
@@ -186,7 +194,7 @@ struct BlockLoss {
       exponentiate(at.x, block, row.m, buffer, z);
       logits_gradient(block, r, at, Exponentials<Acc>{buffer}, row);
     } else {
-      logits_gradient(block, r, at, ExponentialsAgain<Acc>{row.m}, row);
+      logits_gradient(block, r, at, ExponentialsAgain<T>{row.m}, row);
     }
   }
 
@@ -250,27 +258,17 @@ void row_gradients(const Rows& rows, const RowGradients& gradients, T* dx, T* dy
   });
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target,
-                                                                 std::optional<Tensor> weight, int64_t ignore_index,
-                                                                 std::string reduction, double label_smoothing,
-                                                                 double z_loss, std::optional<double> softcap,
-                                                                 bool needs_logits) {
-  const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
-  check_targets(rows);
+// The loss; and what the backward pass needs, (m, log_z) and the mean's divisor, and the gradient, where not null.
+Tensor loss_of_rows(const Rows& rows, Tensor* stats, Tensor* divisor, Tensor* dlogits) {
   const int64_t R = rows.R;
-  const auto acc_type = accumulate_type(logits.scalar_type());
-  Tensor stats = empty_beside(logits, {2, R}, acc_type);
-  Tensor divisor = empty_beside(logits, {}, acc_type);
-  Tensor loss = rows.per_row ? empty_beside(logits, {R}, acc_type) : empty_beside(logits, {}, acc_type);
-  Tensor dlogits = on_huge_pages(gradient_or_nothing(rows, needs_logits));
-
-  dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
+  const auto type = rows.logits.scalar_type();
+  Tensor loss = rows.per_row ? empty_beside(rows.logits, {R}, accumulate_type(type))
+                             : empty_beside(rows.logits, {}, accumulate_type(type));
+  dispatch_floating(type, "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
     const Classes<Acc> classes(rows);
-    Acc *m = stats.mutable_data_ptr<Acc>(), *log_z = m + R;
+    Acc* m = stats ? stats->mutable_data_ptr<Acc>() : nullptr;
     std::vector<Acc> scratch(rows.per_row ? 0 : R);
     Acc* losses = rows.per_row ? loss.mutable_data_ptr<Acc>() : scratch.data();
 
@@ -278,18 +276,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, 
     double kept_weight = 0;
     for (int64_t r = 0; r < R; ++r)
       if (!classes.ignored(r)) kept_weight += classes.weight(r);
-    *divisor.mutable_data_ptr<Acc>() = static_cast<Acc>(kept_weight);
+    if (divisor) *divisor->mutable_data_ptr<Acc>() = static_cast<Acc>(kept_weight);
     const Acc g = 1 / (rows.mean ? static_cast<Acc>(kept_weight) : Acc(1));
 
     const Elements<T> all{rows.logits.template const_data_ptr<T>(), probabilities_or_null<T>(rows),
-                          data_or_null<T>(dlogits), nullptr};
+                          dlogits ? data_or_null<T>(*dlogits) : nullptr, nullptr};
     dispatch_blocks<T>(rows, [&](const auto& loss) {
       for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc* buffer) {
         RowValues<Acc> row;
         std::fill_n(row.g, block.rows, g);
         loss.forward(block, r, at, row, buffer, losses + r);
+        if (!m) return;
         std::copy_n(row.m, block.rows, m + r);
-        std::copy_n(row.log_z, block.rows, log_z + r);
+        std::copy_n(row.log_z, block.rows, m + R + r);
       });
     });
 
@@ -297,7 +296,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, 
     for (int64_t r = 0; r < R; ++r) loss_sum += losses[r];
     if (!rows.per_row) *loss.mutable_data_ptr<Acc>() = static_cast<Acc>(rows.mean ? loss_sum / kept_weight : loss_sum);
   });
-  return {loss, stats, divisor, dlogits};
+  return loss;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                                         int64_t ignore_index, std::string reduction,
+                                                         double label_smoothing, double z_loss,
+                                                         std::optional<double> softcap) {
+  const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
+  check_targets(rows);
+  const auto acc_type = accumulate_type(logits.scalar_type());
+  Tensor stats = empty_beside(logits, {2, rows.R}, acc_type);
+  Tensor divisor = empty_beside(logits, {}, acc_type);
+  return {loss_of_rows(rows, &stats, &divisor, nullptr), stats, divisor};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                                       int64_t ignore_index, std::string reduction,
+                                                       double label_smoothing, double z_loss,
+                                                       std::optional<double> softcap) {
+  const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
+  check_targets(rows);
+  Tensor dlogits = on_huge_pages(gradient_or_nothing(rows, true));
+  return {loss_of_rows(rows, nullptr, nullptr, &dlogits), dlogits};
 }
 
 void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t ignore_index) {
@@ -356,6 +379,7 @@ Tensor cross_entropy_backward_(Tensor dloss, Tensor logits, Tensor target, std::
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CPU, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&fused_ops::cross_entropy_forward));
+  m.impl("cross_entropy_with_gradient", TORCH_BOX(&fused_ops::cross_entropy_with_gradient));
   m.impl("cross_entropy_scale_", TORCH_BOX(&fused_ops::cross_entropy_scale_));
   m.impl("cross_entropy_backward", TORCH_BOX(&fused_ops::cross_entropy_backward));
   m.impl("cross_entropy_backward_", TORCH_BOX(&fused_ops::cross_entropy_backward_));

@@ -20,6 +20,12 @@ constexpr int64_t kLanes = 64;
 template <typename Acc>
 using Lanes = Acc[kLanes];
 
+// Of a buffer: aligned, so that no vector lies in two cache lines.
+template <typename Acc>
+struct alignas(64) Step {
+  Lanes<Acc> lanes;
+};
+
 // Rows that are worked on together. They are groups: rows side by side, of which each has a lane, are one; of rows that
 // lie one after another each is one, spread over the lanes.
 template <bool kSideBySide_>
@@ -136,7 +142,7 @@ FUSED_OPS_VECTORIZED void exponentiate(const T* x, B block, const Lanes<Acc>& m,
     for (int64_t k = 0; k < block.steps(); ++k, s += kLanes, next += block.step()) {
       for (int64_t i = 0; i < kLanes; i += kCacheLine) __builtin_prefetch(next + i);
       for_lanes(kLanes, [&](int64_t p) {
-        s[p] = exp_of_softmax(s[p] - m_of[p]);
+        s[p] = exp_of_softmax<T>(m_of[p] - s[p]);
         sums[p] += s[p];
       });
     }
@@ -194,14 +200,14 @@ struct Exponentials {
   }
 };
 
-template <typename Acc>
+template <typename T, typename Acc = accumulate_t<T>>
 struct ExponentialsAgain {
   const Acc* m;
 
   template <typename B>
   auto of(B block, int64_t group) const {
     const OfGroup m_of(block, m, group);
-    return [=](int64_t, int64_t p, Acc s) { return exp_of_softmax(s - m_of[p]); };
+    return [=](int64_t, int64_t p, Acc s) { return exp_of_softmax<T>(m_of[p] - s); };
   }
 };
 

@@ -160,7 +160,7 @@ FUSED_OPS_VECTORIZED void loss_of_examples(const Network<Acc>& net, int64_t begi
     const Acc target = row[net.Y[n]];
 #pragma omp simd reduction(+ : z)
     for (int64_t v = 0; v < V; ++v) {
-      row[v] = exp_of_softmax(row[v] - m);
+      row[v] = exp_of_softmax<Acc>(m - row[v]);
       z += row[v];
     }
     net.losses[n] = std::log(z) - (target - m);

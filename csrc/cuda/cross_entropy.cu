@@ -252,37 +252,57 @@ Tensor from_rows(const Tensor& rows, const Tensor& logits) {
   return as_contiguous(torch::stable::transpose(apart, 1, 2));
 }
 
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target,
-                                                                 std::optional<Tensor> weight, int64_t ignore_index,
-                                                                 std::string reduction, double label_smoothing,
-                                                                 double z_loss, std::optional<double> softcap,
-                                                                 bool needs_logits) {
-  const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
-  const auto acc_type = accumulate_type(logits.scalar_type());
-  Tensor stats = empty_beside(logits, {2, rows.R}, acc_type);
-  Tensor losses = empty_beside(logits, {rows.R}, acc_type);
-  Tensor divisor = empty_beside(logits, {}, acc_type);
-  Tensor loss = rows.per_row ? losses : empty_beside(logits, {}, acc_type);
-  Tensor dlogits = gradient_or_nothing(rows, needs_logits);
-
-  dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
+// The loss; what the backward pass needs of it: (m, log_z) and the mean's divisor; and the gradient, where not null.
+Tensor loss_of_rows(const Rows& rows, Tensor& stats, Tensor& divisor, Tensor* dlogits) {
+  const auto type = rows.logits.scalar_type();
+  Tensor losses = empty_beside(rows.logits, {rows.R}, accumulate_type(type));
+  Tensor loss = rows.per_row ? losses : empty_beside(rows.logits, {}, accumulate_type(type));
+  dispatch_floating(type, "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
     const DeviceRows<T> on_device(rows);
     Acc *m = stats.mutable_data_ptr<Acc>(), *of_row = losses.mutable_data_ptr<Acc>();
     Acc* kept_weight = divisor.mutable_data_ptr<Acc>();
     const Acc* over = rows.mean ? kept_weight : nullptr;
-    launch(logits, {1, threads_for(rows.R)}, find_divisor<T>, on_device, kept_weight);
+    launch(rows.logits, {1, threads_for(rows.R)}, find_divisor<T>, on_device, kept_weight);
     dispatch_forms<T>(rows, [&](auto cap, auto targets) {
-      launch_rows<T>(logits, rows.R, rows.C, row_losses<T, decltype(cap), decltype(targets)>, on_device, cap, targets,
-                     over, m, m + rows.R, of_row, data_or_null<T>(dlogits));
+      launch_rows<T>(rows.logits, rows.R, rows.C, row_losses<T, decltype(cap), decltype(targets)>, on_device, cap,
+                     targets, over, m, m + rows.R, of_row, dlogits ? data_or_null<T>(*dlogits) : nullptr);
     });
     if (!rows.per_row)
-      launch(logits, {1, threads_for(rows.R)}, reduce_losses<Acc>, rows.R, of_row, over, loss.mutable_data_ptr<Acc>());
+      launch(rows.logits, {1, threads_for(rows.R)}, reduce_losses<Acc>, rows.R, of_row, over,
+             loss.mutable_data_ptr<Acc>());
   });
-  return {loss, stats, divisor, from_rows(dlogits, logits)};
+  return loss;
+}
+
+Tensor empty_stats(const Rows& rows) {
+  return empty_beside(rows.logits, {2, rows.R}, accumulate_type(rows.logits.scalar_type()));
+}
+
+Tensor empty_divisor(const Rows& rows) {
+  return empty_beside(rows.logits, {}, accumulate_type(rows.logits.scalar_type()));
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                                         int64_t ignore_index, std::string reduction,
+                                                         double label_smoothing, double z_loss,
+                                                         std::optional<double> softcap) {
+  const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
+  Tensor stats = empty_stats(rows), divisor = empty_divisor(rows);
+  return {loss_of_rows(rows, stats, divisor, nullptr), stats, divisor};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_with_gradient(Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                                       int64_t ignore_index, std::string reduction,
+                                                       double label_smoothing, double z_loss,
+                                                       std::optional<double> softcap) {
+  const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
+  Tensor stats = empty_stats(rows), divisor = empty_divisor(rows), dlogits = gradient_or_nothing(rows, true);
+  const Tensor loss = loss_of_rows(rows, stats, divisor, &dlogits);
+  return {loss, from_rows(dlogits, logits)};
 }
 
 void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t ignore_index) {
@@ -337,6 +357,7 @@ Tensor cross_entropy_backward_(Tensor dloss, Tensor logits, Tensor target, std::
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ops, CUDA, m) {
   m.impl("cross_entropy_forward", TORCH_BOX(&fused_ops::cross_entropy_forward));
+  m.impl("cross_entropy_with_gradient", TORCH_BOX(&fused_ops::cross_entropy_with_gradient));
   m.impl("cross_entropy_scale_", TORCH_BOX(&fused_ops::cross_entropy_scale_));
   m.impl("cross_entropy_backward", TORCH_BOX(&fused_ops::cross_entropy_backward));
   m.impl("cross_entropy_backward_", TORCH_BOX(&fused_ops::cross_entropy_backward_));

@@ -3,8 +3,12 @@
 import math
 
 import torch
+from torch import is_grad_enabled
 
-from fused_ops._op import accumulate_dtype, is_autocast_enabled
+from fused_ops._op import accumulate_dtype, is_autocast_enabled, transforms_active
+
+REDUCTIONS = ("none", "mean", "sum")
+INDICES = (torch.int64, torch.uint8)  # the dtypes of class indices
 
 
 def as_rows(x):
@@ -20,7 +24,9 @@ def as_rows(x):
 def as_batch(x):
     """(C,), (N, C) or (N, C, d1, d2, ...) as the ops take it without a copy: (N, C, D), or rows, which is how C lies in
     memory in channels_last."""
-    return as_rows(x) if x.dim() < 3 or x.movedim(1, -1).is_contiguous() else x.flatten(2)
+    if x.dim() == 2:
+        return x
+    return as_rows(x) if x.dim() == 1 or x.movedim(1, -1).is_contiguous() else x.flatten(2)
 
 
 def like_logits(rows, logits):
@@ -39,25 +45,21 @@ def target_rows(target):
 def in_forward_pass(reduction, dtype):
     """Whether the gradients can be made in the forward pass: there will be one number to multiply them by, nothing that
     would differentiate or batch the pass itself, and no dtype in which they might vanish before a loss scale comes."""
-    return (
-        reduction != "none"
-        and dtype != torch.float16
-        and torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return reduction != "none" and dtype != torch.float16 and is_grad_enabled() and not transforms_active()
 
 
 def is_final_backward(dloss):
     """Whether a backward pass with dloss may take, and write to, the gradients that the forward pass made: nothing
     differentiates or batches it, nor does a compiler trace it, for any number of passes."""
-    return (
-        type(dloss) is torch.Tensor and not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
-    )
+    return type(dloss) is torch.Tensor and not is_grad_enabled() and not transforms_active()
 
 
 def without_classes(shape):
     """(C,), (N, C) or (N, C, d1, d2, ...) without its C."""
-    return (*shape[:1], *shape[2:]) if len(shape) > 1 else ()
+    if len(shape) < 2:
+        return ()
+    N, _, *positions = shape
+    return N, *positions
 
 
 def in_dtype(loss, dtype):
@@ -67,28 +69,27 @@ def in_dtype(loss, dtype):
 
 def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap):
     """Refuse what PyTorch refuses, in its words, for logits of this shape and dtype."""
-    if reduction not in ("none", "mean", "sum"):
+    if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, but got {softcap}")
 
-    rows, target_shape = without_classes(shape), target.shape
+    target_shape = target.shape
     if target_shape == shape:  # as in PyTorch, these are probabilities
         if not target.is_floating_point():
             kind = str(target.dtype).removeprefix("torch.").replace("int64", "Long")
             raise RuntimeError(f"Expected floating point type for target with class probabilities, got {kind}")
         if ignore_index >= 0:
             raise RuntimeError("ignore_index is not supported for floating point target")
-    else:
+    elif (rows := without_classes(shape)) != target_shape or target.dtype not in INDICES:
         if rows and target_shape and target_shape[0] != rows[0]:
             raise ValueError(f"Expected input batch_size ({shape[0]}) to match target batch_size ({target_shape[0]}).")
-        if target.dtype not in (torch.int64, torch.uint8):
+        if target.dtype not in INDICES:
             kind = str(target.dtype).removeprefix("torch.").replace("float32", "Float")
             raise RuntimeError(f"expected target dtype to be Long or Byte, but got {kind}")
-        if target_shape != rows:
-            raise RuntimeError(f"Expected target size {list(rows)}, got {list(target_shape)}")
+        raise RuntimeError(f"Expected target size {list(rows)}, got {list(target_shape)}")
 
     if weight is not None:
         classes = shape[len(shape) > 1]
@@ -100,7 +101,7 @@ def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoo
         autocast = is_autocast_enabled(target.device)
         if weight.dtype != dtype and not (autocast and weight.dtype == accumulate_dtype(dtype)):
             raise RuntimeError(f"expected scalar type {dtype} but found {weight.dtype}")
-        if weight.requires_grad and torch.is_grad_enabled():
+        if weight.requires_grad and is_grad_enabled():
             raise RuntimeError(
                 "cross_entropy is not differentiable with respect to argument 'weight'. "
                 "This input cannot have requires_grad True."

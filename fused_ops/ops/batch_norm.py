@@ -17,7 +17,7 @@ import math
 from typing import Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, save
 from fused_ops.ops._activations import ACTIVATIONS, check_activation
@@ -311,8 +311,8 @@ def _check(input, running_mean, running_var, weight, bias, training, momentum, e
             continue
         if v.shape != (C,):
             raise RuntimeError(f"{name} should contain {C} elements not {v.numel()}")
-        if v.dtype not in dtypes:
-            raise RuntimeError(f"{name}: expected scalar type {dtypes[0]} but found {v.dtype}")
-        dtypes = (v.dtype,)  # of all that follow, too
-        if v.requires_grad and name.startswith("running") and torch.is_grad_enabled():
+        if (v_dtype := v.dtype) not in dtypes:
+            raise RuntimeError(f"{name}: expected scalar type {dtypes[0]} but found {v_dtype}")
+        dtypes = (v_dtype,)  # of all that follow, too
+        if v.requires_grad and name.startswith("running") and is_grad_enabled():
             raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")

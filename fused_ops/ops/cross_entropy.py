@@ -29,8 +29,8 @@ logits of 1e4 a float32 has no digits left for a log_z of 0.7. Always lse − s 
 Logits of D positions an example, (N, C, D), are N·D such rows, taken as they lie: the classes of a row D apart.
 
 If the loss is one number, its gradient is that for dloss = 1 times dloss. So the forward pass makes it while a row is
-in cache, and the backward pass multiplies. Otherwise (reduction "none", float16, which might need dloss to hold it, a
-second backward pass, second derivatives) the backward pass starts from the logits.
+in cache, and the backward pass multiplies (`cross_entropy_loss.py`). Otherwise (reduction "none", float16, which might
+need dloss to hold it, a second backward pass, second derivatives) the backward pass starts from the logits.
 
 Reductions: "none" returns loss_n; "sum" adds them; "mean" divides the sum by Σ w_y over the rows kept (class indices)
 or by N (class probabilities), as `torch.nn.functional.cross_entropy` does. Rows whose y is `ignore_index` have loss 0.
@@ -40,11 +40,9 @@ from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction as legacy_reduction
 
 from fused_ops._op import (
     accumulate_dtype,
-    applied,
     batch_first,
     below_autograd,
     define,
@@ -53,17 +51,7 @@ from fused_ops._op import (
     looped,
     save,
 )
-from fused_ops.ops._logits import (
-    as_batch,
-    as_rows,
-    check_loss,
-    in_dtype,
-    in_forward_pass,
-    is_final_backward,
-    like_logits,
-    target_rows,
-    without_classes,
-)
+from fused_ops.ops._logits import as_rows, like_logits, target_rows
 from fused_ops.ops.cross_entropy_derivatives import (
     RowDerivatives,
     class_targets,
@@ -84,12 +72,10 @@ def cross_entropy_forward(
     label_smoothing: float,
     z_loss: float,
     softcap: Optional[float],
-    needs_logits: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor, Tensor]:
     """loss_n = Σ_c t_nc·(lse_n − s_nc) + ζ·lse_n², and 0 where y = ignore_index.
 
     Returns loss, () or (N,); stats = (m, log_z), (2, N); and the divisor of the mean, (): all in the accumulate dtype.
-    And dlogits for dloss = 1, contiguous, of the shape and dtype of logits; (0,) if it isn't needed.
     """
     x, y = as_rows(logits).to(accumulate_dtype(logits.dtype)), target_rows(target)  # (N, C); (N) or (N, C)
     s, _ = softcapped(x, softcap)  # (N, C)
@@ -109,21 +95,8 @@ def cross_entropy_forward(
     losses = losses.where(kept[:, 0], 0)  # (N)
 
     divisor = mean_weights(y, weight, ignore_index, x.dtype).sum()  # ()
-    loss, stats = reduced(losses, reduction, divisor), torch.cat((m, log_z), 1).t().contiguous()  # () or (N), (2, N)
-    dlogits = logits.new_empty(0)  # (0)
-    if needs_logits:
-        saved = logits, target, weight, stats, divisor
-        options = ignore_index, reduction, label_smoothing, z_loss, softcap
-        dlogits, _ = cross_entropy_backward(torch.ones_like(loss), *saved, *options, True, False)
-    return loss, stats, divisor, dlogits
-
-
-def cross_entropy_scale_(dlogits: Tensor, dloss: Tensor, target: Tensor, ignore_index: int) -> None:
-    """dlogits for dloss from those for dloss = 1, in place; the rows that are ignored stay 0, whatever dloss is."""
-    dx = as_rows(dlogits) * dloss.to(dlogits.dtype)  # (N, C)
-    if not target.is_floating_point():
-        dx = dx.where((target != ignore_index)[:, None], 0)  # (N, C)
-    dlogits.copy_(like_logits(dx, dlogits))
+    stats = torch.cat((m, log_z), 1).t().contiguous()  # (2, N)
+    return reduced(losses, reduction, divisor), stats, divisor  # () or (N), (2, N), ()
 
 
 def cross_entropy_backward(
@@ -190,61 +163,53 @@ def cross_entropy_backward_(
 
 
 forward_op, _backward_op = define(cross_entropy_forward), define(cross_entropy_backward)
-_scale_ = directly(define(cross_entropy_scale_, mutates_args=("dlogits",)))
 backward_op_ = directly(define(cross_entropy_backward_, mutates_args=("logits",)))
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Differentiable by the logits and by class probabilities. Three more outputs are what the backward pass needs."""
+    """Differentiable by the logits and by class probabilities. Two more outputs are what the backward pass needs."""
 
     forward = below_autograd(forward_op)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, weight, *ctx.options, made = inputs
-        _, stats, divisor, dlogits = output
-        ctx.dlogits = dlogits if made else None
-        ctx.mark_non_differentiable(stats, divisor, dlogits)
+        logits, target, weight, *ctx.options = inputs
+        _, stats, divisor = output
+        ctx.mark_non_differentiable(stats, divisor)
         ctx.set_materialize_grads(False)
         save(ctx, logits, target, weight, stats, divisor)
 
     @staticmethod
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * 9
+            return (None,) * 8
         needs = ctx.needs_input_grad[:2]
-        saved = ctx.saved_tensors  # raises if somebody has changed the logits
-        if ctx.dlogits is not None and not needs[1] and is_final_backward(dloss):
-            (dlogits, ctx.dlogits), dtarget = (ctx.dlogits, None), None  # taken by the first backward pass alone
-            _scale_(dlogits, dloss, saved[1], ctx.options[0])
-        else:
-            dlogits, dtarget = _cross_entropy_backward(dloss, *saved, *ctx.options, *needs)
-        return dlogits if needs[0] else None, dtarget if needs[1] else None, *(None,) * 7
+        dlogits, dtarget = gradients_of_rows(dloss, *ctx.saved_tensors, *ctx.options, *needs)
+        return dlogits if needs[0] else None, dtarget if needs[1] else None, *(None,) * 6
 
     @staticmethod
     def jvp(ctx, logits_t, target_t, *_):
         logits, target, weight, _, divisor = ctx.saved_tensors
         ignore_index, reduction, *smooth = ctx.options
         along = RowDerivatives(logits, target, weight, ignore_index, *smooth).loss_along(logits_t, target_t)  # (N)
-        return reduced(along, reduction, divisor), None, None, None
+        return reduced(along, reduction, divisor), None, None
 
     @staticmethod
-    def vmap(info, in_dims, logits, target, weight, ignore_index, reduction, *others):
+    def vmap(info, in_dims, logits, target, weight, ignore_index, reduction, *smooth):
         """A batch of batches is one batch of rows, whose losses are then reduced batch by batch."""
-        *smooth, _ = others
         if in_dims[2] is not None:
-            args = logits, target, weight, ignore_index, reduction, *smooth, False
+            args = logits, target, weight, ignore_index, reduction, *smooth
             return looped(CrossEntropy.apply, info, in_dims, args)
         B = info.batch_size
         logits, target = (batch_first(t, dim, B) for t, dim in zip((logits, target), in_dims, strict=False))
         rows = logits.flatten(0, 1), target.flatten(0, 1)
-        losses, stats, _, dlogits = CrossEntropy.apply(*rows, weight, ignore_index, "none", *smooth, False)
+        losses, stats, _ = CrossEntropy.apply(*rows, weight, ignore_index, "none", *smooth)
         losses = losses.view(B, -1)  # (B, N)
         N = losses.shape[1]
         divisors = mean_weights(rows[1], weight, ignore_index, losses.dtype).view(B, N).sum(1)  # (B)
         if reduction != "none":
             losses = losses.sum(1) / (divisors if reduction == "mean" else 1)  # (B)
-        return (losses, stats.view(2, B, N), divisors, dlogits.expand(B, 0)), (0, 1, 0, 0)
+        return (losses, stats.view(2, B, N), divisors), (0, 1, 0)
 
 
 class CrossEntropyBackward(torch.autograd.Function):
@@ -281,14 +246,14 @@ class CrossEntropyBackward(torch.autograd.Function):
         tangents = row.gradients_along(logits_t, target_t, g)  # (N, C) each
         if dloss_t is not None:
             saved = logits, target, weight, stats, divisor
-            more = _cross_entropy_backward(dloss_t, *saved, *ctx.options, *ctx.needs)
+            more = gradients_of_rows(dloss_t, *saved, *ctx.options, *ctx.needs)
             tangents = [t + m if needed else t for t, m, needed in zip(tangents, more, ctx.needs, strict=True)]
         return tuple(t if needed else t.new_zeros(0) for t, needed in zip(tangents, ctx.needs, strict=True))
 
     @staticmethod
     def vmap(info, in_dims, *args):
         if in_dims[3] is not None:
-            return looped(_cross_entropy_backward, info, in_dims, args)
+            return looped(gradients_of_rows, info, in_dims, args)
         B = info.batch_size
         _, _, _, weight, _, _, ignore_index, reduction, *options = args
         # (B) or (B, N), (B, N, C), (B, N) or (B, N, C), (B, 2, N), (B)
@@ -297,119 +262,9 @@ class CrossEntropyBackward(torch.autograd.Function):
         g = dloss / divisor if reduction == "mean" else dloss  # (B) or (B, N)
         g = g.view(B, -1).expand(B, N).flatten()  # (B·N)
         rows = logits.flatten(0, 1), target.flatten(0, 1), weight, stats.transpose(0, 1).flatten(1)
-        gradients = _cross_entropy_backward(g, *rows, divisor[0], ignore_index, "none", *options)
+        gradients = gradients_of_rows(g, *rows, divisor[0], ignore_index, "none", *options)
         return tuple(t.unflatten(0, (B, -1)) if t.dim() > 1 else t.expand(B, 0) for t in gradients), (0, 0)
 
 
-class InplaceCrossEntropy(CrossEntropy):
-    """Cross-entropy whose backward pass writes the gradient over the logits."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        CrossEntropy.setup_context(ctx, inputs, output)
-        ctx.spent = False
-
-    @staticmethod
-    def backward(ctx, dloss, *_):
-        if torch.is_grad_enabled():
-            raise RuntimeError("cross_entropy(inplace_grad=True) has no second derivative: use inplace_grad=False")
-        if ctx.spent:
-            raise RuntimeError(
-                "cross_entropy(inplace_grad=True): a second backward pass is not possible, "
-                "because the first one has written the gradient over the logits. Use inplace_grad=False"
-            )
-        if dloss is None:
-            return (None,) * 9
-        logits, *saved = ctx.saved_tensors  # raises if somebody else has changed the logits
-        ctx.spent = True
-        dtarget = backward_op_(dloss, logits, *saved, *ctx.options, ctx.needs_input_grad[1])
-        torch.autograd.graph.increment_version(logits)  # so that whoever needs the logits as they were is told
-        return logits.detach(), dtarget if ctx.needs_input_grad[1] else None, *(None,) * 7
-
-    @staticmethod
-    def jvp(ctx, *_):
-        raise RuntimeError("cross_entropy(inplace_grad=True) has no forward mode: use inplace_grad=False")
-
-    @staticmethod
-    def vmap(info, in_dims, *_):
-        raise RuntimeError("cross_entropy(inplace_grad=True) cannot be vmapped: use inplace_grad=False")
-
-
-_cross_entropy = differentiable(forward_op, CrossEntropy, results=1)
-_inplace_cross_entropy = applied(InplaceCrossEntropy, results=1)
-_cross_entropy_backward = differentiable(_backward_op, CrossEntropyBackward)
-
-
-def cross_entropy(
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
-    *,
-    z_loss=0.0,
-    softcap=None,
-    inplace_grad=False,
-):
-    """Cross-entropy between logits and targets: a drop-in for `torch.nn.functional.cross_entropy`.
-
-    Args:
-        input: logits, (C,), (N, C) or (N, C, d1, d2, ...); float32, float64, float16 or bfloat16 (16-bit types are
-            summed in float32).
-        target: class indices, int64 or uint8, of the shape of `input` without C, each in [0, C) or `ignore_index`;
-            or class probabilities, floating point, of the shape of `input`, differentiable.
-        weight: a weight for each class, (C,), of the dtype of `input`. Not differentiable.
-        size_average, reduce: PyTorch's deprecated spellings of `reduction`.
-        ignore_index: the class index whose rows add nothing to the loss and get a zero gradient.
-        reduction: "mean" (over the weights of the targets; over the rows for probabilities), "sum" or "none".
-        label_smoothing: ε in [0, 1], the share of each target that is spread evenly over the classes.
-        z_loss: ζ; adds ζ·lse² to the loss of each row that is kept, before the reduction.
-        softcap: cap > 0; replaces the logits x by cap·tanh(x/cap).
-        inplace_grad: let the gradient take the storage of the logits in the backward pass, which saves its memory (a
-            copy of the logits does, where they are not contiguous rows of classes). There are no second derivatives
-            then, and the logits are gone. torch.compile, which plans memory itself, passes over it. Otherwise, where
-            the logits require a gradient and the reduction is not "none", the loss holds it, too, as large as the
-            logits, until its backward pass hands it on; under `torch.no_grad` it is not made.
-
-    Returns:
-        The loss, in nats: () or, for "none", of the shape of `input` without C; of the dtype of `input` or, under
-        autocast, float32.
-
-    Raises:
-        IndexError: a class index out of range (RuntimeError where the reference runs).
-        ValueError: batch sizes that differ, an unknown reduction, or a softcap that is not positive.
-        RuntimeError: other shapes or dtypes that don't fit together, and a weight that requires a gradient. With
-            inplace_grad: a second backward pass, a second derivative, forward mode or vmap, and a backward pass of
-            whoever else needed the logits.
-
-    Source: derived at the head of `fused_ops/ops/cross_entropy.py`; label smoothing after Szegedy et al. 2016, z-loss
-    after Chowdhery et al. 2022 (PaLM), softcap after Gemma Team 2024.
-    """
-    if size_average is not None or reduce is not None:
-        reduction = legacy_reduction.legacy_get_string(size_average, reduce)
-    shape, dtype = input.shape, input.dtype
-    if not shape or not dtype.is_floating_point:
-        raise RuntimeError(
-            f"expected floating point logits of shape (C,), (N, C) or (N, C, d1, ...), "
-            f"got {dtype} of shape {tuple(shape)}"
-        )
-    check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
-
-    logits = as_batch(input)  # (N, C) or (N, C, D)
-    if target.is_floating_point():
-        y = as_rows(target) if logits.dim() == 2 else target.flatten(2)  # as logits
-        dtype = torch.promote_types(dtype, target.dtype)
-        logits, y = logits.to(dtype), y.to(dtype)
-    else:
-        y = target if target.dim() == 1 and target.dtype == torch.int64 else target.reshape(-1).long()  # (N) or (N·D)
-    options = ignore_index, reduction, label_smoothing, z_loss, softcap
-    if inplace_grad and not torch.compiler.is_compiling():
-        (loss,) = _inplace_cross_entropy(logits.contiguous(), y, weight, *options, False)
-    else:
-        made = logits.requires_grad and not y.requires_grad and in_forward_pass(reduction, dtype)
-        (loss,) = _cross_entropy(logits, y, weight, *options, made and not torch.compiler.is_compiling())
-    loss = in_dtype(loss, dtype)
-    return loss.reshape(without_classes(shape)) if reduction == "none" else loss
+loss_of_rows = differentiable(forward_op, CrossEntropy, results=1)
+gradients_of_rows = differentiable(_backward_op, CrossEntropyBackward)

@@ -23,9 +23,18 @@ import math
 from typing import List, Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
-from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, is_autocast_enabled, looped, save
+from fused_ops._op import (
+    accumulate_dtype,
+    below_autograd,
+    define,
+    differentiable,
+    is_autocast_enabled,
+    looped,
+    save,
+    transforms_active,
+)
 from fused_ops.ops import cross_entropy as ce
 from fused_ops.ops._logits import as_rows, check_loss, in_dtype, in_forward_pass, is_final_backward, without_classes
 from fused_ops.ops.cross_entropy_derivatives import mean_weights, reduced, row_gradient
@@ -54,7 +63,7 @@ def linear_cross_entropy_forward(
     """
     options = ignore_index, reduction, label_smoothing, z_loss, softcap
     logits = linear_logits(*accumulated((input, linear_weight, linear_bias)), classes)  # (N·D, C)
-    loss, _, divisor, _ = ce.cross_entropy_forward(logits, target, weight, *options, False)
+    loss, _, divisor = ce.cross_entropy_forward(logits, target, weight, *options)
     saved = input, linear_weight, linear_bias, target, weight, divisor
     gradients = linear_cross_entropy_backward(torch.ones_like(loss), *saved, *options, classes, chunk_size, needs)
     return loss, divisor, *gradients
@@ -84,7 +93,7 @@ def linear_cross_entropy_backward(
     options = ignore_index, reduction, label_smoothing, z_loss, softcap
     x, W, b = accumulated((input, linear_weight, linear_bias))
     logits = linear_logits(x, W, b, classes)  # (N·D, C)
-    _, stats, *_ = ce.cross_entropy_forward(logits, target, weight, *options, False)
+    _, stats, _ = ce.cross_entropy_forward(logits, target, weight, *options)
     saved = logits, target, weight, stats, divisor
     dlogits, dtarget = ce.cross_entropy_backward(dloss, *saved, *options, True, needs[3])
     dz = dlogits.view(-1, W.shape[0])  # (N, D·C)
@@ -133,7 +142,7 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_inde
             z = room[: x.shape[0]]  # (n, D·C)
             torch.mm(x, W.t(), out=z) if b is None else torch.addmm(b, x, W.t(), out=z)
             logits = z.view(-1, classes)  # (n·D, C)
-            losses[rows], *saved, _ = ce.forward_op(logits, y, weight, ignore_index, "none", *smooth, False)
+            losses[rows], *saved = ce.forward_op(logits, y, weight, ignore_index, "none", *smooth)
             if not any(needs):
                 continue
             dy = ce.backward_op_(g[rows], logits, y, weight, *saved, ignore_index, "none", *smooth, needs[3])
@@ -180,7 +189,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         made = ctx.gradients is not None and all(m or not n for m, n in zip(ctx.made, needs, strict=True))
         if made and is_final_backward(dloss):  # takes what the forward pass made, and multiplies in place
             gradients, ctx.gradients = [g.mul_(dloss) for g in ctx.gradients], None
-        elif not made or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        elif not made or is_grad_enabled() or transforms_active():
             gradients = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, list(needs))
         else:  # a compiler traces this, for any number of backward passes
             gradients = [g * dloss for g in ctx.gradients]

@@ -22,7 +22,7 @@ import functools
 from typing import Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from fused_ops._op import (
     REFERENCES,
@@ -33,6 +33,7 @@ from fused_ops._op import (
     is_autocast_enabled,
     looped,
     save,
+    transforms_active,
 )
 
 
@@ -192,7 +193,7 @@ class MLP(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 15
-        if ctx.gradients is None or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if ctx.gradients is None or is_grad_enabled() or transforms_active():
             gradients = _gradients(ctx)
         else:
             gradients = ctx.gradients
@@ -279,11 +280,7 @@ def mlp(
         raise ValueError(f"Expected more than 1 value per channel when training, got {len(input)} examples")
     if not training and running_mean is None:
         raise ValueError("running_mean and running_var must be defined in evaluation mode")
-    needs_gradients = (
-        torch.is_grad_enabled()
-        and any(p.requires_grad for p in parameters)
-        and not torch._C._are_functorch_transforms_active()
-    )
+    needs_gradients = is_grad_enabled() and any(p.requires_grad for p in parameters) and not transforms_active()
     arguments = input, target, *parameters, running_mean, running_var, training, momentum, eps, needs_gradients
     if is_autocast_enabled(input.device):
         with torch.autocast(input.device.type, enabled=False):

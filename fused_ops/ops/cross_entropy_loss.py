@@ -1,0 +1,234 @@
+"""The public function, and two forms of cross-entropy whose backward pass is meant to come once.
+
+One makes its gradient in the forward pass, the other lets it take the storage of the logits.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import _reduction as legacy_reduction
+
+from fused_ops._op import (
+    applied,
+    applied_outside_transforms,
+    below_autograd,
+    define,
+    differentiable,
+    directly,
+    is_autocast_enabled,
+)
+from fused_ops.ops._logits import (
+    as_batch,
+    as_rows,
+    check_loss,
+    in_dtype,
+    in_forward_pass,
+    is_final_backward,
+    like_logits,
+    without_classes,
+)
+from fused_ops.ops.cross_entropy import (
+    CrossEntropy,
+    backward_op_,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    gradients_of_rows,
+    loss_of_rows,
+)
+
+
+def cross_entropy_with_gradient(
+    logits: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: Optional[float],
+) -> Tuple[Tensor, Tensor]:
+    """The loss of `cross_entropy_forward`, and the dlogits of `cross_entropy_backward` for dloss = 1."""
+    options = ignore_index, reduction, label_smoothing, z_loss, softcap
+    loss, *saved = cross_entropy_forward(logits, target, weight, *options)
+    one = torch.ones_like(loss)  # () or (N)
+    dlogits, _ = cross_entropy_backward(one, logits, target, weight, *saved, *options, True, False)
+    return loss, dlogits
+
+
+def cross_entropy_scale_(dlogits: Tensor, dloss: Tensor, target: Tensor, ignore_index: int) -> None:
+    """dlogits for dloss from those for dloss = 1, in place; the rows that are ignored stay 0, whatever dloss is."""
+    dx = as_rows(dlogits) * dloss.to(dlogits.dtype)  # (N, C)
+    if not target.is_floating_point():
+        dx = dx.where((target != ignore_index)[:, None], 0)  # (N, C)
+    dlogits.copy_(like_logits(dx, dlogits))
+
+
+_with_gradient_op = define(cross_entropy_with_gradient)
+_scale_ = directly(define(cross_entropy_scale_, mutates_args=("dlogits",)))
+
+
+class CrossEntropyWithGradient(torch.autograd.Function):
+    """Cross-entropy that holds its gradient for dloss = 1 from the forward pass to the first backward pass.
+
+    It is for calls that nothing but reverse mode differentiates.
+    """
+
+    forward = below_autograd(_with_gradient_op)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, weight, *ctx.options = inputs
+        _, ctx.dlogits = output
+        ctx.mark_non_differentiable(ctx.dlogits)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, weight)
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        if dloss is None:
+            return (None,) * 8
+        needs = ctx.needs_input_grad[:2]
+        logits, target, weight = ctx.saved_tensors  # raises if somebody has changed the logits
+        if ctx.dlogits is not None and not needs[1] and is_final_backward(dloss):
+            (dlogits, ctx.dlogits), dtarget = (ctx.dlogits, None), None  # taken by the first backward pass alone
+            _scale_(dlogits, dloss, target, ctx.options[0])
+        else:
+            _, *saved = CrossEntropy.forward(logits, target, weight, *ctx.options)
+            dlogits, dtarget = gradients_of_rows(dloss, logits, target, weight, *saved, *ctx.options, *needs)
+        return dlogits if needs[0] else None, dtarget if needs[1] else None, *(None,) * 6
+
+
+class NarrowCrossEntropyWithGradient(CrossEntropyWithGradient):
+    """The same, with the loss in the dtype of the logits: a conversion that autograd sees takes longer."""
+
+    @staticmethod
+    def forward(logits, *args):
+        loss, dlogits = CrossEntropyWithGradient.forward(logits, *args)
+        return loss.to(logits.dtype), dlogits
+
+
+class InplaceCrossEntropy(CrossEntropy):
+    """Cross-entropy whose backward pass writes the gradient over the logits."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        CrossEntropy.setup_context(ctx, inputs, output)
+        ctx.spent = False
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        if is_grad_enabled():
+            raise RuntimeError("cross_entropy(inplace_grad=True) has no second derivative: use inplace_grad=False")
+        if ctx.spent:
+            raise RuntimeError(
+                "cross_entropy(inplace_grad=True): a second backward pass is not possible, "
+                "because the first one has written the gradient over the logits. Use inplace_grad=False"
+            )
+        if dloss is None:
+            return (None,) * 8
+        logits, *saved = ctx.saved_tensors  # raises if somebody else has changed the logits
+        ctx.spent = True
+        dtarget = backward_op_(dloss, logits, *saved, *ctx.options, ctx.needs_input_grad[1])
+        torch.autograd.graph.increment_version(logits)  # so that whoever needs the logits as they were is told
+        return logits.detach(), dtarget if ctx.needs_input_grad[1] else None, *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError("cross_entropy(inplace_grad=True) has no forward mode: use inplace_grad=False")
+
+    @staticmethod
+    def vmap(info, in_dims, *_):
+        raise RuntimeError("cross_entropy(inplace_grad=True) cannot be vmapped: use inplace_grad=False")
+
+
+differentiable(_with_gradient_op, CrossEntropyWithGradient)
+_with_gradient = applied_outside_transforms(CrossEntropyWithGradient, results=1)
+_narrow_with_gradient = applied_outside_transforms(NarrowCrossEntropyWithGradient, results=1)
+_inplace = applied(InplaceCrossEntropy, results=1)
+
+
+def cross_entropy(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+    *,
+    z_loss=0.0,
+    softcap=None,
+    inplace_grad=False,
+):
+    """Cross-entropy between logits and targets: a drop-in for `torch.nn.functional.cross_entropy`.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, d2, ...); float32, float64, float16 or bfloat16 (16-bit types are
+            summed in float32).
+        target: class indices, int64 or uint8, of the shape of `input` without C, each in [0, C) or `ignore_index`;
+            or class probabilities, floating point, of the shape of `input`, differentiable.
+        weight: a weight for each class, (C,), of the dtype of `input`. Not differentiable.
+        size_average, reduce: PyTorch's deprecated spellings of `reduction`.
+        ignore_index: the class index whose rows add nothing to the loss and get a zero gradient.
+        reduction: "mean" (over the weights of the targets; over the rows for probabilities), "sum" or "none".
+        label_smoothing: ε in [0, 1], the share of each target that is spread evenly over the classes.
+        z_loss: ζ; adds ζ·lse² to the loss of each row that is kept, before the reduction.
+        softcap: cap > 0; replaces the logits x by cap·tanh(x/cap).
+        inplace_grad: let the gradient take the storage of the logits in the backward pass, which saves its memory (a
+            copy of the logits does, where they are not contiguous rows of classes). There are no second derivatives
+            then, and the logits are gone. torch.compile, which plans memory itself, passes over it. Otherwise, where
+            the logits require a gradient and the reduction is not "none", the loss holds it, too, as large as the
+            logits, until its backward pass hands it on; under `torch.no_grad` it is not made.
+
+    Returns:
+        The loss, in nats: () or, for "none", of the shape of `input` without C; of the dtype of `input` or, under
+        autocast, float32.
+
+    Raises:
+        IndexError: a class index out of range (RuntimeError where the reference runs).
+        ValueError: batch sizes that differ, an unknown reduction, or a softcap that is not positive.
+        RuntimeError: other shapes or dtypes that don't fit together, and a weight that requires a gradient. With
+            inplace_grad: a second backward pass, a second derivative, forward mode or vmap, and a backward pass of
+            whoever else needed the logits.
+
+    Source: derived at the head of `fused_ops/ops/cross_entropy.py`; label smoothing after Szegedy et al. 2016, z-loss
+    after Chowdhery et al. 2022 (PaLM), softcap after Gemma Team 2024.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = legacy_reduction.legacy_get_string(size_average, reduce)
+    shape, dtype = input.shape, input.dtype
+    if not shape or not dtype.is_floating_point:
+        raise RuntimeError(
+            f"expected floating point logits of shape (C,), (N, C) or (N, C, d1, ...), "
+            f"got {dtype} of shape {tuple(shape)}"
+        )
+    check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
+
+    logits = as_batch(input)  # (N, C) or (N, C, D)
+    if target.is_floating_point():
+        y = as_rows(target) if logits.dim() == 2 else target.flatten(2)  # as logits
+        dtype = torch.promote_types(dtype, target.dtype)
+        logits, y = logits.to(dtype), y.to(dtype)
+    else:
+        y = target if target.dim() == 1 and target.dtype == torch.int64 else target.reshape(-1).long()  # (N) or (N·D)
+    options = ignore_index, reduction, label_smoothing, z_loss, softcap
+    if is_compiling():
+        (loss,) = loss_of_rows(logits, y, weight, *options)
+    elif inplace_grad:
+        (loss,) = _inplace(logits.contiguous(), y, weight, *options)
+    elif (
+        logits.requires_grad
+        and not y.requires_grad
+        and forward_ad._current_level < 0
+        and in_forward_pass(reduction, dtype)
+    ):
+        narrow = dtype == torch.bfloat16 and not is_autocast_enabled(logits.device)
+        (loss,) = (_narrow_with_gradient if narrow else _with_gradient)(logits, y, weight, *options)
+    else:
+        (loss,) = loss_of_rows(logits, y, weight, *options)
+    loss = in_dtype(loss, dtype)
+    return loss.reshape(without_classes(shape)) if reduction == "none" else loss
