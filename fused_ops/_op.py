@@ -113,8 +113,26 @@ def differentiable(op, function, results=None):
 
 
 def applied(function, results=None):
-    """A callable that is `function.apply`, but returns the first `results` of the outputs, a tuple."""
-    apply_outside = applied_outside_transforms(function, results)
+    """A callable that is `function.apply`, but returns the first `results` of the outputs, a tuple.
+
+    Outside of `torch.func`'s transforms it has the function in PyTorch's other style, where `forward` has a ctx of its
+    own: what only `backward` takes is no output there, which autograd would wrap.
+    """
+
+    def forward(ctx, *args):
+        outputs = function.forward(*args)
+        function.setup_context(ctx, args, outputs)
+        return outputs[:results]
+
+    def jvp(ctx, *tangents):
+        return function.jvp(ctx, *tangents)[:results]
+
+    members = {
+        "forward": staticmethod(forward),
+        "setup_context": torch.autograd.Function.setup_context,
+        "jvp": staticmethod(jvp),
+    }
+    apply_outside = applied_outside_transforms(type(function.__name__, (function,), members))
 
     def apply(*args):
         if not transforms_active():
@@ -130,27 +148,10 @@ def applied(function, results=None):
     return apply
 
 
-def applied_outside_transforms(function, results=None):
-    """As `applied`, but only for calls outside of `torch.func`'s transforms.
-
-    It does without what Function.apply does for these, which takes longer than a small op. For that it has the function
-    in PyTorch's other style: what only `backward` takes is no output there, which autograd would wrap.
-    """
-
-    def forward(ctx, *args):
-        outputs = function.forward(*args)
-        function.setup_context(ctx, args, outputs)
-        return outputs[:results]
-
-    def jvp(ctx, *tangents):
-        return function.jvp(ctx, *tangents)[:results]
-
-    members = {
-        "forward": staticmethod(forward),
-        "setup_context": torch.autograd.Function.setup_context,  # that is, forward has a ctx of its own
-        "jvp": staticmethod(jvp),
-    }
-    return super(torch.autograd.Function, type(function.__name__, (function,), members)).apply
+def applied_outside_transforms(function):
+    """A callable that is `function.apply`, for a function whose `forward` has a ctx, without what `torch.func`'s
+    transforms need: that takes longer than a small op."""
+    return super(torch.autograd.Function, function).apply
 
 
 def batch_first(t, dim, B):

@@ -91,3 +91,14 @@ def test_it_is_made_where_it_will_serve(made, requires_grad, reduction, dtype, e
         F.cross_entropy(IMAGES.detach().to(dtype).requires_grad_(requires_grad), SEGMENTS, reduction=reduction)
     ops = torch.ops.fused_ops
     assert calls == [ops.cross_entropy_with_gradient.default if made else ops.cross_entropy_forward.default]
+
+
+def test_the_op_that_makes_it_is_not_detached_in_silence():
+    args = IMAGES[:, :, 0, 0].contiguous().requires_grad_(), SEGMENTS[:, 0, 0], None, -100, "mean", 0.0, 0.0, None
+    with pytest.raises(RuntimeError, match="no derivative of its own"):
+        torch.ops.fused_ops.cross_entropy_with_gradient(*args)
+    with torch.no_grad():
+        loss, dlogits = torch.ops.fused_ops.cross_entropy_with_gradient(*args)
+    expected = F.cross_entropy(*args[:2])
+    assert torch.equal(loss, expected)
+    assert torch.equal(dlogits, *torch.autograd.grad(expected, args[0]))

@@ -326,11 +326,12 @@ std::tuple<Tensor, Tensor> cross_entropy_with_gradient(Tensor logits, Tensor tar
 void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t ignore_index) {
   STD_TORCH_CHECK(dlogits.is_contiguous() && dloss.numel() == 1, "dlogits should be contiguous, dloss one element");
   const Rows rows(dlogits, target, std::nullopt, ignore_index, "mean", 0, 0, std::nullopt);
-  const Tensor factor = as_type(dloss, accumulate_type(dlogits.scalar_type()));
-  dispatch_floating(dlogits.scalar_type(), "cross_entropy", [&](auto scalar) {
+  const auto type = dlogits.scalar_type();
+  dispatch_floating(type, "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
-    const Acc g = *factor.const_data_ptr<Acc>();
+    const Acc g = dloss.scalar_type() == type ? widen(*dloss.const_data_ptr<T>())
+                                              : *as_type(dloss, accumulate_type(type)).template const_data_ptr<Acc>();
     if (g == 1) return;
     T* dx = dlogits.mutable_data_ptr<T>();
     torch::stable::parallel_for(0, rows.R * rows.C, kElementsPerTask,

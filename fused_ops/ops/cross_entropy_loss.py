@@ -12,11 +12,11 @@ from torch.compiler import is_compiling
 from torch.nn import _reduction as legacy_reduction
 
 from fused_ops._op import (
+    LIB,
     applied,
     applied_outside_transforms,
     below_autograd,
     define,
-    differentiable,
     directly,
     is_autocast_enabled,
 )
@@ -66,48 +66,46 @@ def cross_entropy_scale_(dlogits: Tensor, dloss: Tensor, target: Tensor, ignore_
     dlogits.copy_(like_logits(dx, dlogits))
 
 
-_with_gradient_op = define(cross_entropy_with_gradient)
 _scale_ = directly(define(cross_entropy_scale_, mutates_args=("dlogits",)))
+_with_gradient = below_autograd(define(cross_entropy_with_gradient))
+
+
+def _with_gradient_by_itself(*args):
+    if is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        raise RuntimeError("cross_entropy_with_gradient has no derivative of its own: use cross_entropy_forward")
+    return _with_gradient(*args)
+
+
+LIB.impl("cross_entropy_with_gradient", _with_gradient_by_itself, "Autograd")
 
 
 class CrossEntropyWithGradient(torch.autograd.Function):
     """Cross-entropy that holds its gradient for dloss = 1 from the forward pass to the first backward pass.
 
-    It is for calls that nothing but reverse mode differentiates.
+    For calls that nothing but reverse mode differentiates. `narrow` asks for the loss in the dtype of the logits: a
+    conversion that autograd sees takes longer.
     """
 
-    forward = below_autograd(_with_gradient_op)
-
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        logits, target, weight, *ctx.options = inputs
-        _, ctx.dlogits = output
-        ctx.mark_non_differentiable(ctx.dlogits)
+    def forward(ctx, logits, target, weight, options, narrow):
+        loss, ctx.dlogits = _with_gradient(logits, target, weight, *options)
+        ctx.options = options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, weight)
+        return loss.to(logits.dtype) if narrow else loss
 
     @staticmethod
-    def backward(ctx, dloss, *_):
+    def backward(ctx, dloss):
         if dloss is None:
-            return (None,) * 8
-        needs = ctx.needs_input_grad[:2]
+            return (None,) * 5
         logits, target, weight = ctx.saved_tensors  # raises if somebody has changed the logits
-        if ctx.dlogits is not None and not needs[1] and is_final_backward(dloss):
-            (dlogits, ctx.dlogits), dtarget = (ctx.dlogits, None), None  # taken by the first backward pass alone
+        if ctx.dlogits is not None and is_final_backward(dloss):
+            dlogits, ctx.dlogits = ctx.dlogits, None  # taken by the first backward pass alone
             _scale_(dlogits, dloss, target, ctx.options[0])
         else:
             _, *saved = CrossEntropy.forward(logits, target, weight, *ctx.options)
-            dlogits, dtarget = gradients_of_rows(dloss, logits, target, weight, *saved, *ctx.options, *needs)
-        return dlogits if needs[0] else None, dtarget if needs[1] else None, *(None,) * 6
-
-
-class NarrowCrossEntropyWithGradient(CrossEntropyWithGradient):
-    """The same, with the loss in the dtype of the logits: a conversion that autograd sees takes longer."""
-
-    @staticmethod
-    def forward(logits, *args):
-        loss, dlogits = CrossEntropyWithGradient.forward(logits, *args)
-        return loss.to(logits.dtype), dlogits
+            dlogits, _ = gradients_of_rows(dloss, logits, target, weight, *saved, *ctx.options, True, False)
+        return dlogits, None, None, None, None
 
 
 class InplaceCrossEntropy(CrossEntropy):
@@ -144,9 +142,7 @@ class InplaceCrossEntropy(CrossEntropy):
         raise RuntimeError("cross_entropy(inplace_grad=True) cannot be vmapped: use inplace_grad=False")
 
 
-differentiable(_with_gradient_op, CrossEntropyWithGradient)
-_with_gradient = applied_outside_transforms(CrossEntropyWithGradient, results=1)
-_narrow_with_gradient = applied_outside_transforms(NarrowCrossEntropyWithGradient, results=1)
+_cross_entropy_with_gradient = applied_outside_transforms(CrossEntropyWithGradient)
 _inplace = applied(InplaceCrossEntropy, results=1)
 
 
@@ -216,18 +212,17 @@ def cross_entropy(
     else:
         y = target if target.dim() == 1 and target.dtype == torch.int64 else target.reshape(-1).long()  # (N) or (N·D)
     options = ignore_index, reduction, label_smoothing, z_loss, softcap
-    if is_compiling():
-        (loss,) = loss_of_rows(logits, y, weight, *options)
-    elif inplace_grad:
+    if inplace_grad and not is_compiling():
         (loss,) = _inplace(logits.contiguous(), y, weight, *options)
     elif (
         logits.requires_grad
         and not y.requires_grad
+        and not is_compiling()
         and forward_ad._current_level < 0
         and in_forward_pass(reduction, dtype)
     ):
         narrow = dtype == torch.bfloat16 and not is_autocast_enabled(logits.device)
-        (loss,) = (_narrow_with_gradient if narrow else _with_gradient)(logits, y, weight, *options)
+        return _cross_entropy_with_gradient(logits, y, weight, options, narrow)
     else:
         (loss,) = loss_of_rows(logits, y, weight, *options)
     loss = in_dtype(loss, dtype)
