@@ -15,7 +15,7 @@ from benchmarks.cases import all_cases
 from benchmarks.measure import CaseRun
 from benchmarks.training import TrainingCase, TrainingRun
 
-SECONDS_A_CASE = 20  # after which a case gets no further block, but it always gets
+SECONDS_A_CASE = 10  # after which a case gets no further block, but it always gets
 LEAST_BLOCKS = 3
 
 
@@ -25,7 +25,7 @@ def arguments():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="measure only this one")
     parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose name this regular expression finds")
     parser.add_argument("--quick", action="store_true", help="a small case or two of each op, to see that all is well")
-    parser.add_argument("--blocks", type=int, help="median over so many; slow cases get fewer (default: 5, quick: 2)")
+    parser.add_argument("--blocks", type=int, help="median over so many; slow cases get fewer (default: 15, quick: 2)")
     parser.add_argument("--output", type=Path, default=Path("out/bench"), help="directory (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="(default: PyTorch's own choice)")
     args = parser.parse_args()
@@ -33,7 +33,7 @@ def arguments():
         parser.error("--blocks must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device")
-    args.blocks = args.blocks or (2 if args.quick else 5)
+    args.blocks = args.blocks or (2 if args.quick else 15)
     return args
 
 
@@ -52,7 +52,7 @@ def measure(cases, args, console):
         for i, case in enumerate(cases):
             progress.update(task, description=f"{case.name}: compiling, warming up")
             kind = TrainingRun if isinstance(case, TrainingCase) else CaseRun
-            run = kind(case, args.device, seconds=0.02 if args.quick else 0.1)
+            run = kind(case, args.device, seconds=0.03)
             for name, reason in run.skipped.items():
                 progress.print(f"{case.name}: no {name}: {reason}", markup=False)
             end = time.perf_counter() + SECONDS_A_CASE

@@ -131,8 +131,8 @@ class CaseRun:
         """A dictionary for each implementation: the table's row."""
         probe = _measurement(self.times["speed"]).median  # seconds
         flops = self.case.flops
-        # of one unit of work; a copy moves 2 bytes a byte of input: it reads and it writes
-        unit = probe * flops / product_flops(self.case.product) if flops else probe / 2
+        # of one unit of work, over that of the probe; a copy moves 2 bytes a byte of input: it reads and it writes
+        unit = flops / product_flops(self.case.product) if flops else 1 / 2
         for name in self.implementations:
             row = {
                 "op": self.case.op,
@@ -151,12 +151,16 @@ class CaseRun:
             yield row
 
     def _columns(self, name, of_pass, unit):
-        measured, limit = _measurement(self.times[name, of_pass]), unit * self.case.work[of_pass]
-        eager = _measurement(self.times[next(iter(self.implementations)), of_pass])
-        values = measured.median * 1e3, measured.iqr * 1e3, limit * 1e3
-        return dict(
-            zip(columns(of_pass), (*values, measured.median / eager.median, measured.median / limit), strict=True)
+        """The medians over the blocks, of the ratios, too: the machine may be slow for the length of some blocks."""
+        times, of_eager = (self.times[key, of_pass] for key in (name, next(iter(self.implementations))))
+        limits = [unit * self.case.work[of_pass] * probe for probe in self.times["speed"]]
+        measured, limit = _measurement(times), _measurement(limits)
+        to_eager, to_limit = (
+            _measurement(time / other for time, other in zip(times, others, strict=True)).median
+            for others in (of_eager, limits)
         )
+        values = measured.median * 1e3, measured.iqr * 1e3, limit.median * 1e3, to_eager, to_limit
+        return dict(zip(columns(of_pass), values, strict=True))
 
     @property
     def nbytes(self):
