@@ -99,6 +99,16 @@ inline float exp_of_remainder(float x, float n) {
   return p * r + 1.0f;
 }
 
+// The same with a relative error under 1e-5, shorter: by a minimax polynomial for 2^f itself, f = x / ln 2 − n.
+inline float exp_of_remainder_16(float x, float n) {
+  const float f = x * kInverseLn2 - n;
+  float p = 9.7006840638e-3f;
+  p = p * f + 5.5897524509e-2f;
+  p = p * f + 2.4021899614e-1f;
+  p = p * f + 6.9312541790e-1f;
+  return p * f + 1.0f;
+}
+
 FUSED_OPS_HOST_DEVICE inline double exp(double x) { return std::exp(x); }
 
 // exp(x) = 2^n · exp(r), with n = round(x / ln 2) and |r| ≤ ln 2 / 2. Without branches or calls, so that compilers
@@ -119,11 +129,13 @@ FUSED_OPS_HOST_DEVICE inline float exp(float x) {
 
 // exp(x) as above from −87.33654, below which it's denormal, to 88: there 2^n is one factor, whose exponent the sum
 // that rounds has in its low bits, if what it adds is larger by the exponent's bias. Elsewhere the result is wrong, but
-// NaN stays NaN.
+// NaN stays NaN. For results of type T, of 16 bits with the shorter polynomial.
+template <typename T = float>
 inline float exp_if_normal(float x) {
   constexpr float kBiased = kRounder + 127;
-  const float rounded = x * kInverseLn2 + kBiased;
-  return exp_of_remainder(x, rounded - kBiased) * bit_cast<float>(bit_cast<uint32_t>(rounded) << 23);
+  const float rounded = x * kInverseLn2 + kBiased, n = rounded - kBiased;
+  const float p = std::is_same_v<T, float> ? exp_of_remainder(x, n) : exp_of_remainder_16(x, n);
+  return p * bit_cast<float>(bit_cast<uint32_t>(rounded) << 23);
 }
 
 // exp(−x) for the x = max − s of a softmax over logits of type T, which are not below 0 but by rounding.
@@ -132,25 +144,11 @@ inline double exp_of_softmax(double x) {
   return std::exp(-x);
 }
 
-// Where exp(−x) is denormal it is 0; NaN stays NaN. Elsewhere error under 1.26 ulp. Logits and gradients of 16 bits are
-// rounded by 1/4096 and more, so for them a shorter polynomial, minimax for 2^f, does: relative error under 1e-5.
+// Where exp(−x) is denormal it is 0; NaN stays NaN. Elsewhere error under 1.26 ulp, or that of the shorter polynomial
+// where T has 16 bits: logits and gradients are rounded by 1/4096 and more there.
 template <typename T>
 inline float exp_of_softmax(float x) {
-  constexpr float kBiased = kRounder + 127;  // as in exp_if_normal
-  const float rounded = kBiased - x * kInverseLn2, n = rounded - kBiased;
-  const float power = bit_cast<float>(bit_cast<uint32_t>(rounded) << 23);
-  float p;
-  if constexpr (std::is_same_v<T, float>) {
-    p = exp_of_remainder(-x, n);
-  } else {
-    const float f = -x * kInverseLn2 - n;
-    p = 9.7006840638e-3f;
-    p = p * f + 5.5897524509e-2f;
-    p = p * f + 2.4021899614e-1f;
-    p = p * f + 6.9312541790e-1f;
-    p = p * f + 1.0f;
-  }
-  return x > 87.33654f ? 0.0f : p * power;
+  return x > 87.33654f ? 0.0f : exp_if_normal<T>(-x);
 }
 
 FUSED_OPS_HOST_DEVICE inline double log(double x) { return std::log(x); }

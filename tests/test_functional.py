@@ -114,16 +114,20 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
     options = -100, "mean", 0.0, 0.0, None
     backward, square = (*options, True, False), torch.tensor([0, 1, 0])
     needed = True, 1e-5, "tanh", True, True, True
+    unfit = (
+        (LOGITS, TARGET[:1], None),
+        (LOGITS, TARGET, X[0, :2]),
+        (LOGITS, TARGET.int(), None),
+        (LOGITS[0], TARGET[:1], None),
+        (LOGITS.long(), TARGET, None),
+        (LOGITS, LOGITS[:, :2], None),
+        (LOGITS, LOGITS.double(), None),
+        (LOGITS[:, :, None].expand(2, 3, 4), TARGET, None),
+        (LOGITS[:, :, None], LOGITS, None),
+    )
+    forward = ops.cross_entropy_forward, ops.cross_entropy_with_gradient
     calls = [
-        (ops.cross_entropy_forward, (LOGITS, TARGET[:1], None, *options)),
-        (ops.cross_entropy_forward, (LOGITS, TARGET, X[0, :2], *options)),
-        (ops.cross_entropy_forward, (LOGITS, TARGET.int(), None, *options)),
-        (ops.cross_entropy_forward, (LOGITS[0], TARGET[:1], None, *options)),
-        (ops.cross_entropy_forward, (LOGITS.long(), TARGET, None, *options)),
-        (ops.cross_entropy_forward, (LOGITS, LOGITS[:, :2], None, *options)),
-        (ops.cross_entropy_forward, (LOGITS, LOGITS.double(), None, *options)),
-        (ops.cross_entropy_forward, (LOGITS[:, :, None].expand(2, 3, 4), TARGET, None, *options)),
-        (ops.cross_entropy_forward, (LOGITS[:, :, None], LOGITS, None, *options)),
+        *((op, (*args, *options)) for op in forward for args in unfit),
         (ops.cross_entropy_scale_, (LOGITS.clone(), scalar, TARGET[:1], -100)),
         (ops.cross_entropy_scale_, (LOGITS.clone(), X[0], TARGET, -100)),
         (ops.cross_entropy_scale_, (LOGITS.clone().t(), scalar, square, -100)),
