@@ -88,8 +88,9 @@ T* data_or_null(Tensor& gradient) {
 }
 
 // s = cap·tanh(x/cap) and k = ds/dx = 1 − (s/cap)², or s = x and k = 1.
-template <typename Acc, bool kCapped>
+template <typename Acc, bool kCapped_>
 struct Softcap {
+  static constexpr bool kCapped = kCapped_;
   Acc cap, inverse;
 
   explicit Softcap(const std::optional<double>& softcap)

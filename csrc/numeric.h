@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #ifdef __CUDACC__
@@ -69,6 +70,22 @@ FUSED_OPS_HOST_DEVICE inline T narrow(accumulate_t<T> x) {
     return x;
   }
 #endif
+}
+
+// The same, quicker, to the nearest, but of two as near to the one further from 0. NaN stays NaN if it is the usual one,
+// or was once a value of 16 bits.
+template <typename T>
+inline T narrow_away(accumulate_t<T> x) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>)
+    return T(static_cast<uint16_t>((bit_cast<uint32_t>(x) + 0x8000u) >> 16), T::from_bits());
+  else
+    return narrow<T>(x);
+}
+
+// x or, for any NaN, the usual one.
+template <typename Acc>
+inline Acc usual_nan(Acc x) {
+  return x == x ? x : std::numeric_limits<Acc>::quiet_NaN();
 }
 
 // Adding 1.5·2^23 to a float leaves no bits for a fraction: the addition itself rounds to the nearest integer, which is

@@ -51,11 +51,11 @@ def test_cross_entropy_in_a_cuda_graph(C, dtype):
 
     def passes(forward, with_gradient, backward, backward_):
         loss, stats, divisor = forward(logits, target, weight, *options)
-        _, made = with_gradient(logits, target, weight, *options)
+        narrowed, made = with_gradient(logits, target, weight, *options, True)
         saved, over = (target, weight, stats, divisor, *options), logits.clone()
         dlogits, _ = backward(loss, logits, *saved, True, False)
         backward_(loss, over, *saved, False)
-        return loss, stats, divisor, made, dlogits, over
+        return loss, narrowed, stats, divisor, made, dlogits, over
 
     names = "forward", "with_gradient", "backward", "backward_"
     ops = [getattr(torch.ops.fused_ops, f"cross_entropy_{name}").default for name in names]

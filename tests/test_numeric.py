@@ -156,6 +156,17 @@ def test_conversions(dtype, call, floats):
     assert_same_floats(call(f"narrow_{name}", floats, dtype), floats.to(dtype))
 
 
+def test_conversion_away_from_zero(call, floats):
+    """It differs from the other one where a float is in the middle between two values and goes to the smaller there."""
+    x = torch.where(floats.isnan(), math.nan, floats)
+    x = torch.cat([x, (bits(x) // 2**16 * 2**16 + 2**15).view(torch.float32)])
+    expected = x.bfloat16()
+    smaller = (bits(x) % 2**16 == 2**15) & (expected.float().abs() < x.abs())
+    assert smaller.any()
+    bits(expected)[smaller] += 1
+    assert_same_floats(call("narrow_away_bfloat16", x, torch.bfloat16), expected)
+
+
 @pytest.mark.parametrize("nan", [0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1])
 def test_a_nan_of_any_bits_stays_nan_in_a_softmax(nan):
     logits = torch.randn(2, 40)
@@ -165,3 +176,15 @@ def test_a_nan_of_any_bits_stays_nan_in_a_softmax(nan):
     losses.sum().backward()
     assert losses.isnan().tolist() == [True, False]
     assert logits.grad.isnan().all(dim=1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("of", ["dloss", "weight", "stats"])
+@pytest.mark.parametrize("nan", [0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1])
+def test_a_nan_of_any_bits_stays_nan_in_gradients_of_16_bits(nan, of):
+    logits, target = torch.randn(2, 200).bfloat16(), torch.tensor([3, 5])
+    float32 = {"dloss": torch.ones(2), "weight": torch.ones(200), "stats": torch.ones(2, 2)}
+    bits(float32[of])[..., 1 if of != "weight" else 5] = nan
+    dloss, weight, stats = float32.values()
+    args = dloss, logits, target, weight, stats, torch.ones(()), -100, "none", 0.0, 0.0, None, True, False
+    dlogits, _ = torch.ops.fused_ops.cross_entropy_backward(*args)
+    assert dlogits.isnan().all(dim=1).tolist() == [False, True]

@@ -3,7 +3,9 @@
 // A row is read from memory once: its logits are widened into a buffer that stays in cache, and become their
 // exponentials there, of which both the loss and the gradient are made. Rows are independent, and it does not matter to
 // them how they are taken together into blocks, so the result does not depend on the number of threads.
+#include <atomic>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <vector>
 
@@ -15,6 +17,7 @@ namespace {
 
 constexpr int64_t kLongRow = 128;      // so many classes are worth the merging of lanes
 constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many elements stay in the L1 cache
+constexpr int64_t kParts = 8;          // for each task, so many
 
 // The class indices and their weights.
 template <typename Acc>
@@ -89,6 +92,10 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
       std::clamp<int64_t>(kBufferSize / (std::max<int64_t>(1, steps) * kLanes), 1, kLanes);
   const int64_t buffer_steps = steps * (long_rows ? long_rows_at_once : 1);
   const int64_t gathered_size = gathered ? kLanes * C : 0;
+  // A task takes the next part that is left: one that starts late, or whose processor is busy, does less.
+  const int64_t rows_at_once = long_rows ? long_rows_at_once : kLanes;
+  const int64_t part = ceil_div(R, kParts * tasks * rows_at_once) * rows_at_once;
+  std::atomic<int64_t> next{0};
   const std::unique_ptr<Step<Acc>[]> buffers(new Step<Acc>[tasks * buffer_steps]);
   const std::unique_ptr<T[]> gatherings(new T[tasks * 4 * gathered_size]);
 
@@ -98,21 +105,23 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
       T* x = gatherings.get() + task * 4 * gathered_size;
       T *y = x + gathered_size, *dx = y + gathered_size, *dy = dx + gathered_size;
       const Elements<T> in_cache{x, all.y ? y : nullptr, all.dx ? dx : nullptr, all.dy ? dy : nullptr};
-      const int64_t end = R * (task + 1) / tasks;
-      for (int64_t r = R * task / tasks, count; r < end; r += count) {
-        if (long_rows) {
-          count = std::min(long_rows_at_once, end - r);
-          f(Block<false>{C, count, D}, r, all.from(rows.start(r)), buffer);
-        } else if (gathered) {
-          count = std::min(kLanes, end - r);
-          gather(rows, r, count, all.x, x);
-          if (all.y) gather(rows, r, count, all.y, y);
-          f(Block<true>{C, count, kLanes}, r, in_cache, buffer);
-          if (all.dx) scatter(rows, r, count, dx, all.dx);
-          if (all.dy) scatter(rows, r, count, dy, all.dy);
-        } else {
-          count = std::min({kLanes, D - r % D, end - r});
-          f(Block<true>{C, count, D}, r, all.from(rows.start(r)), buffer);
+      for (int64_t r, end; (r = next.fetch_add(part)) < R;) {
+        end = std::min(R, r + part);
+        for (int64_t count; r < end; r += count) {
+          if (long_rows) {
+            count = std::min(long_rows_at_once, end - r);
+            f(Block<false>{C, count, D}, r, all.from(rows.start(r)), buffer);
+          } else if (gathered) {
+            count = std::min(kLanes, end - r);
+            gather(rows, r, count, all.x, x);
+            if (all.y) gather(rows, r, count, all.y, y);
+            f(Block<true>{C, count, kLanes}, r, in_cache, buffer);
+            if (all.dx) scatter(rows, r, count, dx, all.dx);
+            if (all.dy) scatter(rows, r, count, dy, all.dy);
+          } else {
+            count = std::min({kLanes, D - r % D, end - r});
+            f(Block<true>{C, count, D}, r, all.from(rows.start(r)), buffer);
+          }
         }
       }
     }
@@ -157,10 +166,9 @@ struct BlockLoss {
   void forward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row, Acc* buffer, Acc* losses) const {
     const auto t = targets_of(at);
     Lanes<Acc> z, distance;
-    widen_block<T>(at.x, block, cap, buffer, row.m);
-    if constexpr (Targets::kDense) sum_distances(block, buffer, t, row.m, distance);
+    find_maxima(at.x, block, cap, row.m);
+    exponentiate(at.x, block, cap, t, row.m, buffer, z, distance);
     if constexpr (Targets::kProbabilities) sum_targets(block, t, row.t_sum);
-    exponentiate(at.x, block, row.m, buffer, z);
     logarithms(block, z, row.log_z);
     for (int64_t i = 0; i < block.rows; ++i) {
       Acc &m = row.m[i], &loss = losses[i];
@@ -188,10 +196,10 @@ struct BlockLoss {
       if (at.dy) target_gradient<T>(at.x, block, cap, t, row.m, row.log_z, row.g, at.dy);
     }
     if (!at.dx) return;
-    if constexpr (Targets::kDense) {  // as forward did: compilers round a·e − g_t·t in either product's favour
-      Lanes<Acc> m, z;                // known already
-      widen_block<T>(at.x, block, cap, buffer, m);
-      exponentiate(at.x, block, row.m, buffer, z);
+    // As forward did, where a compiler may round one of two products, or leave one unrounded: a·e − g_t·t, m − cap·tanh.
+    if constexpr (Targets::kDense || Cap::kCapped) {
+      Lanes<Acc> z, distance;  // known already
+      exponentiate(at.x, block, cap, OneHot{}, row.m, buffer, z, distance);
       logits_gradient(block, r, at, Exponentials<Acc>{buffer}, row);
     } else {
       logits_gradient(block, r, at, ExponentialsAgain<T>{row.m}, row);
@@ -214,10 +222,10 @@ struct BlockLoss {
         const Acc nll_t = classes.ignored(r + i) ? Acc(0) : keep * classes.weight(r + i);  // what t has at y alone
         A += nll_t + share * w_sum;
         factors.g_t[i] = g * share;
-        factors.g_y[i] = g * nll_t;
+        factors.g_y[i] = usual_nan(g * nll_t);
         factors.y[i] = classes.ignored(r + i) ? 0 : static_cast<int32_t>(classes.y[r + i]);
       }
-      factors.a[i] *= g * A;
+      factors.a[i] = usual_nan(factors.a[i] * (g * A));
     }
     block_gradient<T>(at.x, block, cap, e, targets_of(at), factors, at.dx);
     for (int64_t i = 0; i < block.rows; ++i)
@@ -249,7 +257,7 @@ void row_gradients(const Rows& rows, const RowGradients& gradients, T* dx, T* dy
     for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc* buffer) {
       RowValues<Acc> row;
       for (int64_t i = 0; i < block.rows; ++i) {
-        row.m[i] = m[r + i];
+        row.m[i] = usual_nan(m[r + i]);
         row.log_z[i] = log_z[r + i];
         row.g[i] = dlosses[rows.per_row ? r + i : 0] / divisor;
       }
@@ -258,19 +266,18 @@ void row_gradients(const Rows& rows, const RowGradients& gradients, T* dx, T* dy
   });
 }
 
-// The loss; and what the backward pass needs, (m, log_z) and the mean's divisor, and the gradient, where not null.
-Tensor loss_of_rows(const Rows& rows, Tensor* stats, Tensor* divisor, Tensor* dlogits) {
+// The loss, in the accumulate type or that of the logits; and what the backward pass needs, (m, log_z) and the mean's
+// divisor, and the gradient, where not null.
+Tensor loss_of_rows(const Rows& rows, bool narrowed, Tensor* stats, Tensor* divisor, Tensor* dlogits) {
   const int64_t R = rows.R;
-  const auto type = rows.logits.scalar_type();
-  Tensor loss = rows.per_row ? empty_beside(rows.logits, {R}, accumulate_type(type))
-                             : empty_beside(rows.logits, {}, accumulate_type(type));
+  const auto type = rows.logits.scalar_type(), loss_type = narrowed ? type : accumulate_type(type);
+  Tensor loss = rows.per_row ? empty_beside(rows.logits, {R}, loss_type) : empty_beside(rows.logits, {}, loss_type);
   dispatch_floating(type, "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
     const Classes<Acc> classes(rows);
     Acc* m = stats ? stats->mutable_data_ptr<Acc>() : nullptr;
-    std::vector<Acc> scratch(rows.per_row ? 0 : R);
-    Acc* losses = rows.per_row ? loss.mutable_data_ptr<Acc>() : scratch.data();
+    std::vector<Acc> losses(R);
 
     // In order and in double: the same sum whatever the number of threads.
     double kept_weight = 0;
@@ -285,16 +292,21 @@ Tensor loss_of_rows(const Rows& rows, Tensor* stats, Tensor* divisor, Tensor* dl
       for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc* buffer) {
         RowValues<Acc> row;
         std::fill_n(row.g, block.rows, g);
-        loss.forward(block, r, at, row, buffer, losses + r);
+        loss.forward(block, r, at, row, buffer, losses.data() + r);
         if (!m) return;
         std::copy_n(row.m, block.rows, m + r);
         std::copy_n(row.log_z, block.rows, m + R + r);
       });
     });
 
-    double loss_sum = 0;
-    for (int64_t r = 0; r < R; ++r) loss_sum += losses[r];
-    if (!rows.per_row) *loss.mutable_data_ptr<Acc>() = static_cast<Acc>(rows.mean ? loss_sum / kept_weight : loss_sum);
+    if (!rows.per_row) {
+      const double sum = std::accumulate(losses.begin(), losses.end(), 0.0);
+      losses = {static_cast<Acc>(rows.mean ? sum / kept_weight : sum)};
+    }
+    if (loss_type == type)
+      std::transform(losses.begin(), losses.end(), loss.mutable_data_ptr<T>(), narrow<T>);
+    else
+      std::copy(losses.begin(), losses.end(), loss.mutable_data_ptr<Acc>());
   });
   return loss;
 }
@@ -310,17 +322,17 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
   const auto acc_type = accumulate_type(logits.scalar_type());
   Tensor stats = empty_beside(logits, {2, rows.R}, acc_type);
   Tensor divisor = empty_beside(logits, {}, acc_type);
-  return {loss_of_rows(rows, &stats, &divisor, nullptr), stats, divisor};
+  return {loss_of_rows(rows, false, &stats, &divisor, nullptr), stats, divisor};
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_with_gradient(Tensor logits, Tensor target, std::optional<Tensor> weight,
                                                        int64_t ignore_index, std::string reduction,
                                                        double label_smoothing, double z_loss,
-                                                       std::optional<double> softcap) {
+                                                       std::optional<double> softcap, bool narrowed) {
   const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   check_targets(rows);
   Tensor dlogits = on_huge_pages(gradient_or_nothing(rows, true));
-  return {loss_of_rows(rows, nullptr, nullptr, &dlogits), dlogits};
+  return {loss_of_rows(rows, narrowed, nullptr, nullptr, &dlogits), dlogits};
 }
 
 void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t ignore_index) {

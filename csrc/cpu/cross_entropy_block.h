@@ -35,9 +35,10 @@ struct Block {
 
   int64_t groups() const { return kSideBySide ? 1 : rows; }
   int64_t steps() const { return kSideBySide ? C : ceil_div(C, kLanes); }
+  int64_t whole_steps() const { return kSideBySide ? (rows == kLanes ? C : 0) : C / kLanes; }
   int64_t step() const { return kSideBySide ? D : kLanes; }
   int64_t lanes(int64_t k) const { return kSideBySide ? rows : std::min(kLanes, C - k * kLanes); }
-  int64_t class_of(int64_t k, int64_t p) const { return kSideBySide ? k : k * kLanes + p; }
+  int64_t class_of(int64_t in_buffer, int64_t p) const { return kSideBySide ? in_buffer / kLanes : in_buffer + p; }
   int64_t place(int64_t row, int64_t c) const { return kSideBySide ? c * D + row : row * C + c; }  // in memory
   int64_t start(int64_t group) const { return group * C; }                                         // in memory
   int64_t first_step(int64_t group) const { return group * steps() * kLanes; }                     // in a buffer
@@ -73,9 +74,53 @@ inline void for_lanes(int64_t lanes, const F& f) {
     for_lanes_left<kLanes / 2>(0, lanes, f);
 }
 
+struct AllLanes {
+  template <typename F>
+  void operator()(const F& f) const {
+    for_lanes_left<kLanes>(0, kLanes, f);
+  }
+};
+
+struct FirstLanes {
+  int64_t lanes;  // fewer than all
+
+  template <typename F>
+  void operator()(const F& f) const {
+    for_lanes_left<kLanes / 2>(0, lanes, f);
+  }
+};
+
+// Calls f(k, for_lanes) for every step k of a group, where for_lanes(g) calls g(p) for its lanes. Those that have all of
+// them come first, in a loop of their own, which keeps its constants in registers.
+template <typename B, typename F>
+inline void for_steps(B block, const F& f) {
+  const int64_t whole = block.whole_steps();
+  for (int64_t k = 0; k < whole; ++k) f(k, AllLanes{});
+  for (int64_t k = whole; k < block.steps(); ++k) f(k, FirstLanes{block.lanes(k)});
+}
+
+// Calls f(place, place in a buffer, seen, for_lanes) for every step of a group, to merge its elements. The last step of
+// a long row takes all lanes, too: as many of them as `seen` have classes of the step before. To merge some lanes and
+// then read all would wait for the processor's stores.
+template <typename B, typename F>
+inline void for_steps_to_merge(B block, const F& f) {
+  const int64_t whole = block.whole_steps();
+  for (int64_t k = 0; k < whole; ++k) f(k * block.step(), k * kLanes, 0, AllLanes{});
+  if constexpr (B::kSideBySide) {
+    for (int64_t k = whole; k < block.steps(); ++k) f(k * block.step(), k * kLanes, 0, FirstLanes{block.rows});
+  } else if (const int64_t last = block.C - kLanes; whole < block.steps()) {
+    f(last, last, whole * kLanes - last, AllLanes{});
+  }
+}
+
 template <typename Acc>
 inline Acc larger(Acc a, Acc b) {
   return a < b ? b : a;  // passes over a NaN in b
+}
+
+template <typename Acc>
+inline Acc smaller(Acc a, Acc b) {
+  return b < a ? b : a;
 }
 
 // merged(a, b) of all lanes, by halves.
@@ -97,56 +142,81 @@ inline void add_up(B, int64_t group, Lanes<Acc>& of_lanes, Lanes<Acc>& of_rows) 
     of_rows[group] = merge_lanes(of_lanes, [](Acc a, Acc b) { return a + b; });
 }
 
-// s_c of every row, in steps, and m = max s of every row. What a step has no element for is −inf.
+// The largest of what each lane sees, passing over NaN.
+template <typename T, bool k16Bits = sizeof(T) == 2>
+struct Largest {
+  Lanes<T> largest;
+
+  Largest() { std::fill(largest, largest + kLanes, -std::numeric_limits<T>::infinity()); }
+
+  void see(int64_t p, T x) { largest[p] = larger(largest[p], x); }
+  T of_lane(int64_t p) const { return largest[p]; }
+  T of_all() { return merge_lanes(largest, larger<T>); }
+};
+
+// Of 16 bits, in integers, of which a vector has twice as many as of floats: of positive values (and NaN) the largest
+// has the most bits, of negative ones the least.
+template <typename T>
+struct Largest<T, true> {
+  Lanes<int16_t> most;
+  Lanes<uint16_t> least;
+
+  Largest() {
+    std::fill(most, most + kLanes, std::numeric_limits<int16_t>::min());
+    std::fill(least, least + kLanes, narrow<T>(-std::numeric_limits<float>::infinity()).x);
+  }
+
+  void see(int64_t p, T x) {
+    most[p] = larger(most[p], static_cast<int16_t>(x.x));
+    least[p] = smaller(least[p], x.x);
+  }
+  T of_lane(int64_t p) const { return T(most[p] < 0 ? least[p] : static_cast<uint16_t>(most[p]), T::from_bits()); }
+  T of_all() {
+    most[0] = merge_lanes(most, larger<int16_t>);
+    least[0] = merge_lanes(least, smaller<uint16_t>);
+    return of_lane(0);
+  }
+};
+
+// m = max s of every row.
 template <typename T, typename B, typename Cap, typename Acc = accumulate_t<T>>
-FUSED_OPS_VECTORIZED void widen_block(const T* x, B block, Cap cap, Acc* s, Lanes<Acc>& m) {
-  constexpr Acc least = -std::numeric_limits<Acc>::infinity();
-  if constexpr (B::kSideBySide) {
-    std::fill(m, m + kLanes, least);
-    for (int64_t k = 0; k < block.C; ++k, x += block.D, s += kLanes) {
-      for_lanes(block.rows, [&](int64_t p) {
-        const Acc s_c = cap(widen(x[p]));
-        s[p] = s_c;
-        m[p] = larger(m[p], s_c);
-      });
-      std::fill(s + block.rows, s + kLanes, least);
-    }
-  } else {
-    for (int64_t row = 0; row < block.rows; ++row, x += block.C, s += block.steps() * kLanes) {
-      Lanes<Acc> largest;
-      std::fill(largest, largest + kLanes, least);
-      for (int64_t k = 0; k < block.steps(); ++k) {
-        const int64_t c = std::min(k * kLanes, block.C - kLanes);  // the last step does some classes a second time
-        for_lanes(kLanes, [&](int64_t p) {
-          const Acc s_c = cap(widen(x[c + p]));
-          s[c + p] = s_c;
-          largest[p] = larger(largest[p], s_c);
-        });
-      }
-      std::fill(s + block.C, s + block.steps() * kLanes, least);
-      m[row] = merge_lanes(largest, larger<Acc>);
-    }
+FUSED_OPS_VECTORIZED void find_maxima(const T* __restrict x, B block, Cap cap, Lanes<Acc>& m) {
+  for (int64_t group = 0; group < block.groups(); ++group, x += block.C) {
+    Largest<T> largest;
+    for_steps_to_merge(block, [&](int64_t place, int64_t, int64_t, const auto& for_lanes) {
+      for_lanes([&](int64_t p) { largest.see(p, x[place + p]); });
+    });
+    if constexpr (B::kSideBySide)
+      for_lanes(kLanes, [&](int64_t p) { m[p] = cap(widen(largest.of_lane(p))); });
+    else
+      m[group] = cap(widen(largest.of_all()));
   }
 }
 
-// exp(s_c − m), where s_c was, and z = Σ exp(s − m) of every row. Meanwhile memory brings the next block's logits: it
-// has nothing else to do, and else the next block would wait for it. (To prefetch beyond the last one is harmless.)
-template <typename T, typename B, typename Acc>
-FUSED_OPS_VECTORIZED void exponentiate(const T* x, B block, const Lanes<Acc>& m, Acc* s, Lanes<Acc>& z) {
+// exp(s_c − m) of every row, in steps; z = Σ exp(s − m) and, of dense targets, Σ t·(m − s). Meanwhile memory brings the
+// next block's logits: it has nothing else to do, and else the next block would wait for it. (To prefetch beyond the
+// last one is harmless.)
+template <typename T, typename B, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
+FUSED_OPS_VECTORIZED void exponentiate(const T* x, B block, Cap cap, Targets targets, const Lanes<Acc>& m, Acc* e,
+                                       Lanes<Acc>& z, Lanes<Acc>& distance) {
   constexpr int64_t kCacheLine = 64 / sizeof(T);
-  const T* next_block = x + (B::kSideBySide ? kLanes : block.rows * block.C);
-  for (int64_t group = 0; group < block.groups(); ++group) {
-    const T* next = next_block + block.start(group);
+  const int64_t to_next_block = B::kSideBySide ? kLanes : block.rows * block.C;
+  for (int64_t group = 0; group < block.groups(); ++group, x += block.C, e += block.steps() * kLanes) {
     const OfGroup m_of(block, m, group);
-    Lanes<Acc> sums = {};
-    for (int64_t k = 0; k < block.steps(); ++k, s += kLanes, next += block.step()) {
-      for (int64_t i = 0; i < kLanes; i += kCacheLine) __builtin_prefetch(next + i);
-      for_lanes(kLanes, [&](int64_t p) {
-        s[p] = exp_of_softmax<T>(m_of[p] - s[p]);
-        sums[p] += s[p];
+    const auto t = targets.row(block.start(group));
+    Lanes<Acc> sums = {}, distances = {};
+    for_steps_to_merge(block, [&](int64_t place, int64_t in_buffer, int64_t seen, const auto& for_lanes) {
+      for (int64_t i = 0; i < kLanes; i += kCacheLine) __builtin_prefetch(x + to_next_block + place + i);
+      for_lanes([&](int64_t p) {
+        const Acc below = m_of[p] - cap(widen(x[place + p])), e_c = exp_of_softmax<T>(below);
+        e[in_buffer + p] = e_c;
+        sums[p] += p < seen ? 0 : e_c;
+        if constexpr (Targets::kDense)
+          distances[p] += p < seen ? 0 : t(block.class_of(in_buffer, p), place + p) * below;
       });
-    }
+    });
     add_up(block, group, sums, z);
+    if constexpr (Targets::kDense) add_up(block, group, distances, distance);
   }
 }
 
@@ -156,31 +226,15 @@ FUSED_OPS_VECTORIZED void sum_targets(B block, Targets targets, Lanes<Acc>& t_su
   for (int64_t group = 0; group < block.groups(); ++group) {
     const auto t = targets.row(block.start(group));
     Lanes<Acc> sums = {};
-    for (int64_t k = 0; k < block.steps(); ++k) {
-      const int64_t first = k * block.step();
-      for_lanes(block.lanes(k), [&](int64_t p) { sums[p] += t(block.class_of(k, p), first + p); });
-    }
+    for_steps_to_merge(block, [&](int64_t place, int64_t in_buffer, int64_t seen, const auto& for_lanes) {
+      for_lanes([&](int64_t p) { sums[p] += p < seen ? 0 : t(block.class_of(in_buffer, p), place + p); });
+    });
     add_up(block, group, sums, t_sum);
   }
 }
 
-// Σ t·(m − s) of every row.
-template <typename B, typename Targets, typename Acc>
-FUSED_OPS_VECTORIZED void sum_distances(B block, const Acc* s, Targets targets, const Lanes<Acc>& m,
-                                        Lanes<Acc>& distance) {
-  for (int64_t group = 0; group < block.groups(); ++group) {
-    const auto t = targets.row(block.start(group));
-    const OfGroup m_of(block, m, group);
-    Lanes<Acc> sums = {};
-    for (int64_t k = 0; k < block.steps(); ++k, s += kLanes) {
-      const int64_t first = k * block.step();
-      for_lanes(block.lanes(k), [&](int64_t p) { sums[p] += t(block.class_of(k, p), first + p) * (m_of[p] - s[p]); });
-    }
-    add_up(block, group, sums, distance);
-  }
-}
-
-// What a row's gradient is made of: dx_c = (a·exp(s_c − m) − g_t·t_c − [c = y]·g_y)·k_c, where a = gA/z.
+// What a row's gradient is made of: dx_c = (a·exp(s_c − m) − g_t·t_c − [c = y]·g_y)·k_c, where a = gA/z. Any NaN is the
+// usual one, as narrow_away needs it.
 template <typename Acc>
 struct Factors {
   Lanes<Acc> a, g_t, g_y;
@@ -224,17 +278,18 @@ FUSED_OPS_VECTORIZED void block_gradient(const T* x, B block, Cap cap, E exponen
       const int64_t place = k * block.step() + p;
       const Acc s = cap(widen(x[place]));
       Acc q = a[p] * e(k * kLanes, p, s);
-      if constexpr (Targets::kDense) q -= g_t[p] * t(block.class_of(k, p), place);
+      if constexpr (Targets::kDense) q -= g_t[p] * t(block.class_of(k * kLanes, p), place);
       if constexpr (!Targets::kProbabilities) q -= is_class ? g_y[p] : 0;
-      return narrow<T>(q * cap.slope(s));
+      q *= cap.slope(s);
+      return Targets::kDense ? narrow<T>(q) : narrow_away<T>(q);  // t could be any NaN
     };
     constexpr bool kOneClass =
         !B::kSideBySide && !Targets::kProbabilities;  // quicker put right than asked for in each lane
     const T dx_y = kOneClass ? gradient(y[0] / kLanes, y[0] % kLanes, true) : T(0);
-    for (int64_t k = 0; k < block.steps(); ++k) {
+    for_steps(block, [&](int64_t k, const auto& for_lanes) {
       T* dx_k = dx + k * block.step();
-      for_lanes(block.lanes(k), [&](int64_t p) { dx_k[p] = gradient(k, p, B::kSideBySide && y[p] == k); });
-    }
+      for_lanes([&](int64_t p) { dx_k[p] = gradient(k, p, B::kSideBySide && y[p] == k); });
+    });
     if constexpr (kOneClass) dx[y[0]] = dx_y;
   }
 }
@@ -256,13 +311,13 @@ FUSED_OPS_VECTORIZED void target_gradient(const T* x, B block, Cap cap, Targets 
                                           const Lanes<Acc>& log_z, const Lanes<Acc>& g, T* dy) {
   for (int64_t group = 0; group < block.groups(); ++group, x += block.C, dy += block.C) {
     const OfGroup m_of(block, m, group), log_z_of(block, log_z, group), g_of(block, g, group);
-    for (int64_t k = 0; k < block.steps(); ++k) {
+    for_steps(block, [&](int64_t k, const auto& for_lanes) {
       const int64_t first = k * block.step();
-      for_lanes(block.lanes(k), [&](int64_t p) {
+      for_lanes([&](int64_t p) {
         const Acc neg_logp = log_z_of[p] - (cap(widen(x[first + p])) - m_of[p]);
-        dy[first + p] = narrow<T>(g_of[p] * t.slope(block.class_of(k, p)) * neg_logp);
+        dy[first + p] = narrow<T>(g_of[p] * t.slope(block.class_of(k * kLanes, p)) * neg_logp);
       });
-    }
+    });
   }
 }
 

@@ -298,11 +298,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
 std::tuple<Tensor, Tensor> cross_entropy_with_gradient(Tensor logits, Tensor target, std::optional<Tensor> weight,
                                                        int64_t ignore_index, std::string reduction,
                                                        double label_smoothing, double z_loss,
-                                                       std::optional<double> softcap) {
+                                                       std::optional<double> softcap, bool narrowed) {
   const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   Tensor stats = empty_stats(rows), divisor = empty_divisor(rows), dlogits = gradient_or_nothing(rows, true);
   const Tensor loss = loss_of_rows(rows, stats, divisor, &dlogits);
-  return {loss, from_rows(dlogits, logits)};
+  return {narrowed ? as_type(loss, logits.scalar_type()) : loss, from_rows(dlogits, logits)};
 }
 
 void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t ignore_index) {
