@@ -72,8 +72,8 @@ FUSED_OPS_HOST_DEVICE inline T narrow(accumulate_t<T> x) {
 #endif
 }
 
-// The same, quicker, to the nearest, but of two as near to the one further from 0. NaN stays NaN if it is the usual one,
-// or was once a value of 16 bits.
+// The same, quicker, to the nearest, but of two as near to the one further from 0. NaN stays NaN if it is the usual
+// one, or was once a value of 16 bits.
 template <typename T>
 inline T narrow_away(accumulate_t<T> x) {
   if constexpr (std::is_same_v<T, c10::BFloat16>)

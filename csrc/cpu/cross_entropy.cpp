@@ -196,7 +196,8 @@ struct BlockLoss {
       if (at.dy) target_gradient<T>(at.x, block, cap, t, row.m, row.log_z, row.g, at.dy);
     }
     if (!at.dx) return;
-    // As forward did, where a compiler may round one of two products, or leave one unrounded: a·e − g_t·t, m − cap·tanh.
+    // As forward did, where a compiler may round one of two products, or leave one unrounded: a·e − g_t·t, m −
+    // cap·tanh.
     if constexpr (Targets::kDense || Cap::kCapped) {
       Lanes<Acc> z, distance;  // known already
       exponentiate(at.x, block, cap, OneHot{}, row.m, buffer, z, distance);

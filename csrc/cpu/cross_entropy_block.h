@@ -65,15 +65,7 @@ inline void for_lanes_left(int64_t first, int64_t lanes, const F& f) {
   if constexpr (kWidth > 1) for_lanes_left<kWidth / 2>(first + (lanes & kWidth), lanes, f);
 }
 
-// f(p) for every lane, mostly kLanes.
-template <typename F>
-inline void for_lanes(int64_t lanes, const F& f) {
-  if (lanes == kLanes)
-    for_lanes_left<kLanes>(0, kLanes, f);
-  else
-    for_lanes_left<kLanes / 2>(0, lanes, f);
-}
-
+// f(p) for all lanes, or for the first of them.
 struct AllLanes {
   template <typename F>
   void operator()(const F& f) const {
@@ -90,8 +82,17 @@ struct FirstLanes {
   }
 };
 
-// Calls f(k, for_lanes) for every step k of a group, where for_lanes(g) calls g(p) for its lanes. Those that have all of
-// them come first, in a loop of their own, which keeps its constants in registers.
+// f(p) for so many lanes, mostly all.
+template <typename F>
+inline void for_lanes(int64_t lanes, const F& f) {
+  if (lanes == kLanes)
+    AllLanes{}(f);
+  else
+    FirstLanes{lanes}(f);
+}
+
+// Calls f(k, for_lanes) for every step k of a group, where for_lanes(g) calls g(p) for its lanes. Those that have all
+// of them come first, in a loop of their own, which keeps its constants in registers.
 template <typename B, typename F>
 inline void for_steps(B block, const F& f) {
   const int64_t whole = block.whole_steps();
