@@ -94,7 +94,8 @@ def test_it_is_made_where_it_will_serve(made, requires_grad, reduction, dtype, e
 
 
 def test_the_op_that_makes_it_is_not_detached_in_silence():
-    args = IMAGES[:, :, 0, 0].contiguous().requires_grad_(), SEGMENTS[:, 0, 0], None, -100, "mean", 0.0, 0.0, None, False
+    logits = IMAGES[:, :, 0, 0].contiguous().requires_grad_()
+    args = logits, SEGMENTS[:, 0, 0], None, -100, "mean", 0.0, 0.0, None, False
     with pytest.raises(RuntimeError, match="no derivative of its own"):
         torch.ops.fused_ops.cross_entropy_with_gradient(*args)
     with torch.no_grad():

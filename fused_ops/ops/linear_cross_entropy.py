@@ -123,41 +123,57 @@ def _backward_in_chunks(dloss, input, linear_weight, linear_bias, target, weight
 def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_index, *others):
     """The losses of all rows, (N·D,), and the gradients that are needed where g_n comes back to row n's loss."""
     *smooth, classes, chunk_size, needs = others
-    W, b = accumulated((linear_weight, linear_bias))
+    dtype = accumulate_dtype(input.dtype)
+    W = linear_weight.to(_product_dtype(input))
     D = W.shape[0] // classes
     N = input.shape[0]
     chunks = max(1, math.ceil(N / chunk_size))
     chunk_size = max(1, math.ceil(N / chunks))  # as many chunks, but of about the same size
     losses = g.new_empty(target.shape[0])  # (N·D)
-    room = W.new_empty(chunk_size, W.shape[0])  # for the logits of a chunk
+    room = g.new_empty(chunk_size, W.shape[0])  # for the logits of a chunk
     dinput = input.new_empty(input.shape) if needs[0] else input.new_empty(0)
-    dW, db = W.new_empty(W.shape if needs[1] else 0), W.new_zeros(W.shape[0] if needs[2] else 0)
+    dW, db = g.new_empty(W.shape if needs[1] else 0), g.new_zeros(W.shape[0] if needs[2] else 0)
     dtarget = target.new_empty(target.shape) if needs[3] else input.new_empty(0)
     with torch.autocast(input.device.type, enabled=False):  # the caller has cast what there was to cast
         for start in range(0, N, chunk_size):
             examples = slice(start, start + chunk_size)
             rows = slice(start * D, (start + chunk_size) * D)
             x, y = input[examples].to(W.dtype), target[rows]  # (n, H), (n·D) or (n·D, C)
-            y = y.to(W.dtype) if y.is_floating_point() else y
+            y = y.to(dtype) if y.is_floating_point() else y
             z = room[: x.shape[0]]  # (n, D·C)
-            torch.mm(x, W.t(), out=z) if b is None else torch.addmm(b, x, W.t(), out=z)
+            if linear_bias is not None:
+                z.copy_(linear_bias)
+            _multiply(x, W.t(), out=z, add=linear_bias is not None)
             logits = z.view(-1, classes)  # (n·D, C)
             losses[rows], *saved = ce.forward_op(logits, y, weight, ignore_index, "none", *smooth)
             if not any(needs):
                 continue
             dy = ce.backward_op_(g[rows], logits, y, weight, *saved, ignore_index, "none", *smooth, needs[3])
-            dz = z  # (n, D·C): the gradient lies where the logits were
+            if needs[2]:
+                db += z.sum(0)  # (D·C): the gradient lies where the logits were
+            dz = z.to(W.dtype)  # (n, D·C)
             if needs[0]:
                 dinput[examples] = torch.mm(dz, W)  # (n, H)
             if needs[1]:
-                torch.addmm(dW, dz.t(), x, beta=float(start > 0), out=dW)  # (D·C, H); beta = 0 reads no dW
-            if needs[2]:
-                db += dz.sum(0)  # (D·C)
+                _multiply(dz.t(), x, out=dW, add=start > 0)  # (D·C, H)
             if needs[3]:
                 dtarget[rows] = dy
     if N == 0:
         dW.zero_()
     return losses, dinput, dW.to(input.dtype), db.to(input.dtype), dtarget
+
+
+def _product_dtype(input):
+    """The dtype in which matrices are multiplied: that of the input, of 16 bits, too, where the device has products of
+    these that are summed and returned in float32, as CUDA's are; else the accumulate dtype."""
+    sums = torch._C._dispatch_has_kernel_for_dispatch_key("aten::addmm.dtype_out", input.device.type.upper())
+    return input.dtype if sums else accumulate_dtype(input.dtype)
+
+
+def _multiply(a, b, *, out, add):
+    """out = a·b, or out + a·b, in the dtype of `out`."""
+    dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    torch.addmm(out, a, b, beta=float(add), out=out, **dtype)  # beta = 0 reads nothing from out
 
 
 _forward = define(linear_cross_entropy_forward, implementation=_forward_in_chunks)
