@@ -85,6 +85,12 @@ def cross_entropy_cases():
             "softcap": 9.0,
         }
 
+    for shape in ((3, 200), (3, 5)):  # the largest of negative values of 16 bits is found in another way
+
+        @case(f"indices-{'x'.join(map(str, shape))}-negative", gradcheck=False)
+        def _(make, shape=shape):
+            return (make(*shape, low=-30.0, high=-20.0), make.indices(3, classes=shape[1])), {}
+
     @case("indices-4099", gradcheck=False)  # a row for more threads than a block of a CUDA card has
     def _(make):
         return (make(3, 4099), make.indices(3, classes=4099)), {"label_smoothing": 0.1}
