@@ -187,8 +187,13 @@ class reference_mode(TorchDispatchMode):  # lower case: used as a context manage
 
 def has_kernels(device_type):
     """Whether compiled kernels are loaded for `device_type` ("cpu" or "cuda"); if not, its ops run their references."""
+    return any(has_kernel(op.name(), device_type) for op in REFERENCES)
+
+
+def has_kernel(name, device_type):
+    """Whether the op of this name, one of PyTorch's or ours, has a kernel made for `device_type`."""
     key = torch.device(device_type).type.upper()
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for op in REFERENCES)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
 
 
 def load_kernels():

@@ -1,7 +1,7 @@
 // Cross-entropy. Derivation and names: fused_ops/ops/cross_entropy.py.
 //
-// A row is read from memory once: its logits are widened into a buffer that stays in cache, and become their
-// exponentials there, of which both the loss and the gradient are made. Rows are independent, and it does not matter to
+// A row is read from memory once: while it is in cache its maximum is found, and then its exponentials, in a buffer
+// that stays there, of which both the loss and the gradient are made. Rows are independent, and it does not matter to
 // them how they are taken together into blocks, so the result does not depend on the number of threads.
 #include <atomic>
 #include <memory>
@@ -92,36 +92,35 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
       std::clamp<int64_t>(kBufferSize / (std::max<int64_t>(1, steps) * kLanes), 1, kLanes);
   const int64_t buffer_steps = steps * (long_rows ? long_rows_at_once : 1);
   const int64_t gathered_size = gathered ? kLanes * C : 0;
-  // A task takes the next part that is left: one that starts late, or whose processor is busy, does less.
+  // A task takes the next part that is left, until there is none: one that starts late, or whose processor is busy,
+  // does less, and one alone would do them all.
   const int64_t rows_at_once = long_rows ? long_rows_at_once : kLanes;
   const int64_t part = ceil_div(R, kParts * tasks * rows_at_once) * rows_at_once;
   std::atomic<int64_t> next{0};
   const std::unique_ptr<Step<Acc>[]> buffers(new Step<Acc>[tasks * buffer_steps]);
   const std::unique_ptr<T[]> gatherings(new T[tasks * 4 * gathered_size]);
 
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
-    for (int64_t task = first_task; task < last_task; ++task) {
-      Acc* buffer = buffers[task * buffer_steps].lanes;
-      T* x = gatherings.get() + task * 4 * gathered_size;
-      T *y = x + gathered_size, *dx = y + gathered_size, *dy = dx + gathered_size;
-      const Elements<T> in_cache{x, all.y ? y : nullptr, all.dx ? dx : nullptr, all.dy ? dy : nullptr};
-      for (int64_t r, end; (r = next.fetch_add(part)) < R;) {
-        end = std::min(R, r + part);
-        for (int64_t count; r < end; r += count) {
-          if (long_rows) {
-            count = std::min(long_rows_at_once, end - r);
-            f(Block<false>{C, count, D}, r, all.from(rows.start(r)), buffer);
-          } else if (gathered) {
-            count = std::min(kLanes, end - r);
-            gather(rows, r, count, all.x, x);
-            if (all.y) gather(rows, r, count, all.y, y);
-            f(Block<true>{C, count, kLanes}, r, in_cache, buffer);
-            if (all.dx) scatter(rows, r, count, dx, all.dx);
-            if (all.dy) scatter(rows, r, count, dy, all.dy);
-          } else {
-            count = std::min({kLanes, D - r % D, end - r});
-            f(Block<true>{C, count, D}, r, all.from(rows.start(r)), buffer);
-          }
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t task, int64_t) {
+    Acc* buffer = buffers[task * buffer_steps].lanes;
+    T* x = gatherings.get() + task * 4 * gathered_size;
+    T *y = x + gathered_size, *dx = y + gathered_size, *dy = dx + gathered_size;
+    const Elements<T> in_cache{x, all.y ? y : nullptr, all.dx ? dx : nullptr, all.dy ? dy : nullptr};
+    for (int64_t r; (r = next.fetch_add(part)) < R;) {
+      const int64_t end = std::min(R, r + part);
+      for (int64_t count; r < end; r += count) {
+        if (long_rows) {
+          count = std::min(long_rows_at_once, end - r);
+          f(Block<false>{C, count, D}, r, all.from(rows.start(r)), buffer);
+        } else if (gathered) {
+          count = std::min(kLanes, end - r);
+          gather(rows, r, count, all.x, x);
+          if (all.y) gather(rows, r, count, all.y, y);
+          f(Block<true>{C, count, kLanes}, r, in_cache, buffer);
+          if (all.dx) scatter(rows, r, count, dx, all.dx);
+          if (all.dy) scatter(rows, r, count, dy, all.dy);
+        } else {
+          count = std::min({kLanes, D - r % D, end - r});
+          f(Block<true>{C, count, D}, r, all.from(rows.start(r)), buffer);
         }
       }
     }
@@ -196,8 +195,7 @@ struct BlockLoss {
       if (at.dy) target_gradient<T>(at.x, block, cap, t, row.m, row.log_z, row.g, at.dy);
     }
     if (!at.dx) return;
-    // As forward did, where a compiler may round one of two products, or leave one unrounded: a·e − g_t·t, m −
-    // cap·tanh.
+    // As forward did, where compilers choose which product is rounded: of a·e − g_t·t one, of m − cap·tanh one or none.
     if constexpr (Targets::kDense || Cap::kCapped) {
       Lanes<Acc> z, distance;  // known already
       exponentiate(at.x, block, cap, OneHot{}, row.m, buffer, z, distance);

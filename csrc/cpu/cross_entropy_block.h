@@ -179,7 +179,7 @@ struct Largest<T, true> {
   }
 };
 
-// m = max s of every row.
+// m = max s of every row. (Without __restrict a compiler must take x, of 16 bits, for what Largest writes to.)
 template <typename T, typename B, typename Cap, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void find_maxima(const T* __restrict x, B block, Cap cap, Lanes<Acc>& m) {
   for (int64_t group = 0; group < block.groups(); ++group, x += block.C) {

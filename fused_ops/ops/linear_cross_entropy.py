@@ -30,6 +30,7 @@ from fused_ops._op import (
     below_autograd,
     define,
     differentiable,
+    has_kernel,
     is_autocast_enabled,
     looped,
     save,
@@ -123,7 +124,6 @@ def _backward_in_chunks(dloss, input, linear_weight, linear_bias, target, weight
 def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_index, *others):
     """The losses of all rows, (N·D,), and the gradients that are needed where g_n comes back to row n's loss."""
     *smooth, classes, chunk_size, needs = others
-    dtype = accumulate_dtype(input.dtype)
     W = linear_weight.to(_product_dtype(input))
     D = W.shape[0] // classes
     N = input.shape[0]
@@ -139,7 +139,7 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_inde
             examples = slice(start, start + chunk_size)
             rows = slice(start * D, (start + chunk_size) * D)
             x, y = input[examples].to(W.dtype), target[rows]  # (n, H), (n·D) or (n·D, C)
-            y = y.to(dtype) if y.is_floating_point() else y
+            y = y.to(g.dtype) if y.is_floating_point() else y
             z = room[: x.shape[0]]  # (n, D·C)
             if linear_bias is not None:
                 z.copy_(linear_bias)
@@ -166,7 +166,7 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_inde
 def _product_dtype(input):
     """The dtype in which matrices are multiplied: that of the input, of 16 bits, too, where the device has products of
     these that are summed and returned in float32, as CUDA's are; else the accumulate dtype."""
-    sums = torch._C._dispatch_has_kernel_for_dispatch_key("aten::addmm.dtype_out", input.device.type.upper())
+    sums = has_kernel("aten::addmm.dtype_out", input.device.type)
     return input.dtype if sums else accumulate_dtype(input.dtype)
 
 
