@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kLongRow = 128;      // so many classes are worth the merging of lanes
 constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many elements stay in the L1 cache
-constexpr int64_t kParts = 8;          // for each task, so many
+constexpr int64_t kParts = 4;          // of what is left, for each task
 
 // The class indices and their weights.
 template <typename Acc>
@@ -92,10 +92,9 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
       std::clamp<int64_t>(kBufferSize / (std::max<int64_t>(1, steps) * kLanes), 1, kLanes);
   const int64_t buffer_steps = steps * (long_rows ? long_rows_at_once : 1);
   const int64_t gathered_size = gathered ? kLanes * C : 0;
-  // A task takes the next part that is left, until there is none: one that starts late, or whose processor is busy,
-  // does less, and one alone would do them all.
+  // A task takes a part of what is left, until that is nothing: one that starts late, or whose processor is busy, does
+  // less, and one alone would do it all. The parts get smaller, so that all tasks end together.
   const int64_t rows_at_once = long_rows ? long_rows_at_once : kLanes;
-  const int64_t part = ceil_div(R, kParts * tasks * rows_at_once) * rows_at_once;
   std::atomic<int64_t> next{0};
   const std::unique_ptr<Step<Acc>[]> buffers(new Step<Acc>[tasks * buffer_steps]);
   const std::unique_ptr<T[]> gatherings(new T[tasks * 4 * gathered_size]);
@@ -105,8 +104,9 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
     T* x = gatherings.get() + task * 4 * gathered_size;
     T *y = x + gathered_size, *dx = y + gathered_size, *dy = dx + gathered_size;
     const Elements<T> in_cache{x, all.y ? y : nullptr, all.dx ? dx : nullptr, all.dy ? dy : nullptr};
-    for (int64_t r; (r = next.fetch_add(part)) < R;) {
-      const int64_t end = std::min(R, r + part);
+    for (int64_t r = 0; r < R;) {
+      int64_t end = std::min(R, r + ceil_div(R - r, kParts * tasks * rows_at_once) * rows_at_once);
+      if (!next.compare_exchange_weak(r, end)) continue;  // r is now where another task has taken a part from
       for (int64_t count; r < end; r += count) {
         if (long_rows) {
           count = std::min(long_rows_at_once, end - r);
@@ -166,7 +166,10 @@ struct BlockLoss {
     const auto t = targets_of(at);
     Lanes<Acc> z, distance;
     find_maxima(at.x, block, cap, row.m);
-    exponentiate(at.x, block, cap, t, row.m, buffer, z, distance);
+    if (at.dx)
+      exponentiate<true>(at.x, block, cap, t, row.m, buffer, z, distance);
+    else
+      exponentiate<false>(at.x, block, cap, t, row.m, buffer, z, distance);
     if constexpr (Targets::kProbabilities) sum_targets(block, t, row.t_sum);
     logarithms(block, z, row.log_z);
     for (int64_t i = 0; i < block.rows; ++i) {
@@ -198,7 +201,7 @@ struct BlockLoss {
     // As forward did, where compilers choose which product is rounded: of a·e − g_t·t one, of m − cap·tanh one or none.
     if constexpr (Targets::kDense || Cap::kCapped) {
       Lanes<Acc> z, distance;  // known already
-      exponentiate(at.x, block, cap, OneHot{}, row.m, buffer, z, distance);
+      exponentiate<true>(at.x, block, cap, OneHot{}, row.m, buffer, z, distance);
       logits_gradient(block, r, at, Exponentials<Acc>{buffer}, row);
     } else {
       logits_gradient(block, r, at, ExponentialsAgain<T>{row.m}, row);

@@ -194,10 +194,10 @@ FUSED_OPS_VECTORIZED void find_maxima(const T* __restrict x, B block, Cap cap, L
   }
 }
 
-// exp(s_c − m) of every row, in steps; z = Σ exp(s − m) and, of dense targets, Σ t·(m − s). Meanwhile memory brings the
-// next block's logits: it has nothing else to do, and else the next block would wait for it. (To prefetch beyond the
-// last one is harmless.)
-template <typename T, typename B, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
+// z = Σ exp(s − m) of every row and, of dense targets, Σ t·(m − s); and if they are kept exp(s_c − m), in steps.
+// Meanwhile memory brings the next block's logits: it has nothing else to do, and else the next block would wait for
+// it. (To prefetch beyond the last one is harmless.)
+template <bool kKept, typename T, typename B, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void exponentiate(const T* x, B block, Cap cap, Targets targets, const Lanes<Acc>& m, Acc* e,
                                        Lanes<Acc>& z, Lanes<Acc>& distance) {
   constexpr int64_t kCacheLine = 64 / sizeof(T);
@@ -210,7 +210,7 @@ FUSED_OPS_VECTORIZED void exponentiate(const T* x, B block, Cap cap, Targets tar
       for (int64_t i = 0; i < kLanes; i += kCacheLine) __builtin_prefetch(x + to_next_block + place + i);
       for_lanes([&](int64_t p) {
         const Acc below = m_of[p] - cap(widen(x[place + p])), e_c = exp_of_softmax<T>(below);
-        e[in_buffer + p] = e_c;
+        if constexpr (kKept) e[in_buffer + p] = e_c;
         sums[p] += p < seen ? 0 : e_c;
         if constexpr (Targets::kDense)
           distances[p] += p < seen ? 0 : t(block.class_of(in_buffer, p), place + p) * below;
