@@ -1,7 +1,7 @@
 // Cross-entropy. Derivation and names: fused_ops/ops/cross_entropy.py.
 //
-// A row is read from memory once: while it is in cache its maximum is found, and then its exponentials, in a buffer
-// that stays there, of which both the loss and the gradient are made. Rows are independent, and it does not matter to
+// A row is read from memory once: while it is in cache its maximum is found, and then its exponentials, of which both
+// the loss and, from a buffer that stays there, the gradient are made. Rows are independent, and it does not matter to
 // them how they are taken together into blocks, so the result does not depend on the number of threads.
 #include <atomic>
 #include <memory>
@@ -105,7 +105,7 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
     T *y = x + gathered_size, *dx = y + gathered_size, *dy = dx + gathered_size;
     const Elements<T> in_cache{x, all.y ? y : nullptr, all.dx ? dx : nullptr, all.dy ? dy : nullptr};
     for (int64_t r = 0; r < R;) {
-      int64_t end = std::min(R, r + ceil_div(R - r, kParts * tasks * rows_at_once) * rows_at_once);
+      const int64_t end = std::min(R, r + ceil_div(R - r, kParts * tasks * rows_at_once) * rows_at_once);
       if (!next.compare_exchange_weak(r, end)) continue;  // r is now where another task has taken a part from
       for (int64_t count; r < end; r += count) {
         if (long_rows) {
