@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import plots, report
 from benchmarks.cases import all_cases
-from benchmarks.measure import CaseRun
+from benchmarks.measure import CaseRun, settle_allocator
 from benchmarks.training import TrainingCase, TrainingRun
 
 SECONDS_A_CASE = 10  # after which a case gets no further block, but it always gets
@@ -80,6 +80,7 @@ def main():
         sys.exit("no case has such a name")
     machine = report.machine(args.device)
     console.print(report.description(machine), soft_wrap=True)
+    settle_allocator()
     rows, skipped = measure(cases, args, console)
     for table in report.tables(rows, skipped):
         console.print(table)

@@ -24,7 +24,7 @@ from torch.utils.benchmark.utils.common import TaskSpec
 
 from benchmarks.cases import PASSES, Case, Tensors
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 MOST_SETS = 8  # of small inputs, which stay in the cache
 LEAST_FOR_PEAK = 4 * MIB  # of input: below, the resident set tells more of the allocator than of the op
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the norm of what eager gives
@@ -234,6 +234,15 @@ def _measurement(times, number=1):
     return Measurement(number, list(times), TaskSpec("", "", num_threads=torch.get_num_threads()))
 
 
+def settle_allocator():
+    """Lead glibc to hand out memory as it does in a program that has run for a while; elsewhere, this does nothing.
+
+    From the largest block up to 32 MiB that it has freed, glibc concludes which blocks to get from the system, and how
+    much free memory to keep. Otherwise a case would fault its outputs in anew or not as those before it have it.
+    """
+    torch.empty(32 * MIB - 64 * KIB, dtype=torch.uint8)
+
+
 @contextmanager
 def _no_garbage_collection():
     gc.disable()
@@ -270,4 +279,4 @@ def peak(function, tensors, device):
 def _status(name):
     with open("/proc/self/status") as file:
         (kib,) = (line.split()[1] for line in file if line.startswith(name))
-    return int(kib) * 1024
+    return int(kib) * KIB
