@@ -7,6 +7,7 @@
 #include <memory>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cross_entropy_block.h"
@@ -18,6 +19,7 @@ namespace {
 constexpr int64_t kLongRow = 128;      // so many classes are worth the merging of lanes
 constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many elements stay in the L1 cache
 constexpr int64_t kParts = 4;          // of what is left, for each task
+constexpr int64_t kStackSteps = 256;   // of a task's scratch, up to which it is on its stack
 
 // The class indices and their weights.
 template <typename Acc>
@@ -91,19 +93,24 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
   const int64_t long_rows_at_once =
       std::clamp<int64_t>(kBufferSize / (std::max<int64_t>(1, steps) * kLanes), 1, kLanes);
   const int64_t buffer_steps = steps * (long_rows ? long_rows_at_once : 1);
-  const int64_t gathered_size = gathered ? kLanes * C : 0;
+  const int64_t gatherings = gathered ? (all.y ? 4 : 2) : 0;  // x, dx, y, dy
+  const int64_t scratch_steps = buffer_steps + gatherings * C;
   // A task takes a part of what is left, until that is nothing: one that starts late, or whose processor is busy, does
   // less, and one alone would do it all. The parts get smaller, so that all tasks end together.
   const int64_t rows_at_once = long_rows ? long_rows_at_once : kLanes;
   std::atomic<int64_t> next{0};
-  const std::unique_ptr<Step<Acc>[]> buffers(new Step<Acc>[tasks * buffer_steps]);
-  const std::unique_ptr<T[]> gatherings(new T[tasks * 4 * gathered_size]);
+  // Small scratch is on the stack: for a block of 1 KiB or more malloc tidies up what it keeps for small ones.
+  const bool on_stack = scratch_steps <= kStackSteps;
+  const std::unique_ptr<Step<Acc>[]> scratch(on_stack ? nullptr : new Step<Acc>[tasks * scratch_steps]);
 
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t task, int64_t) {
-    Acc* buffer = buffers[task * buffer_steps].lanes;
-    T* x = gatherings.get() + task * 4 * gathered_size;
-    T *y = x + gathered_size, *dx = y + gathered_size, *dy = dx + gathered_size;
-    const Elements<T> in_cache{x, all.y ? y : nullptr, all.dx ? dx : nullptr, all.dy ? dy : nullptr};
+  parallel_for(0, tasks, 1, [&](int64_t task, int64_t) {
+    Step<Acc> stack[kStackSteps];
+    Step<Acc>* free_steps = on_stack ? stack : scratch.get() + task * scratch_steps;
+    const auto take = [&](int64_t count) { return std::exchange(free_steps, free_steps + count)->lanes; };
+    const auto gathering = [&](bool needed) { return gathered && needed ? reinterpret_cast<T*>(take(C)) : nullptr; };
+    Acc* buffer = take(buffer_steps);
+    T *x = gathering(true), *y = gathering(all.y), *dx = gathering(all.dx), *dy = gathering(all.dy);
+    const Elements<T> in_cache{x, y, dx, dy};
     for (int64_t r = 0; r < R;) {
       const int64_t end = std::min(R, r + ceil_div(R - r, kParts * tasks * rows_at_once) * rows_at_once);
       if (!next.compare_exchange_weak(r, end)) continue;  // r is now where another task has taken a part from
@@ -346,10 +353,9 @@ void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t i
     using Acc = accumulate_t<T>;
     const Acc g = dloss.scalar_type() == type ? widen(*dloss.const_data_ptr<T>())
                                               : *as_type(dloss, accumulate_type(type)).template const_data_ptr<Acc>();
-    if (g == 1) return;
     T* dx = dlogits.mutable_data_ptr<T>();
-    torch::stable::parallel_for(0, rows.R * rows.C, kElementsPerTask,
-                                [&](int64_t begin, int64_t end) { multiply(dx + begin, end - begin, g); });
+    parallel_for(0, rows.R * rows.C, kElementsPerTask,
+                 [&](int64_t begin, int64_t end) { multiply(dx + begin, end - begin, g); });
     if (std::isfinite(g)) return;
     const Classes<Acc> classes(rows);
     for (int64_t r = 0; r < rows.R; ++r)

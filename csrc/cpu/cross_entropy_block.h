@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "../cross_entropy.h"
+#include "parallel.h"
 #include "vectorize.h"
 
 namespace fused_ops {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "parallel.h"
 #include "products.h"
 #include "vectorize.h"
 
@@ -246,7 +247,7 @@ template <typename F>
 void in_blocks(int64_t size, int64_t block, int64_t work, const F& f) {
   constexpr int64_t kWorkPerTask = 1 << 21;  // tens of microseconds: less is done before another thread has begun
   const int64_t grain = std::max<int64_t>(1, kWorkPerTask / std::max<int64_t>(1, block * work));
-  torch::stable::parallel_for(0, ceil_div(size, block), grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, ceil_div(size, block), grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) f(i * block, std::min((i + 1) * block, size));
   });
 }

@@ -1,12 +1,11 @@
 // A batch in memory, cut into tiles: the loops over a tile, and the passes over all of them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <type_traits>
 
 #include "../layout.h"
+#include "parallel.h"
 #include "stream.h"
 #include "vectorize.h"
 
@@ -174,7 +173,7 @@ struct Tiling {
     const int64_t block_size = c_size * layout.per_channel(), threads = torch::stable::get_num_threads();
     if (block_size <= kCached && (block_size * blocks <= kElementsPerTask || blocks >= 4 * threads)) {
       const int64_t grain = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, block_size));
-      torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+      parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           for (int64_t part = 0; part < parts; ++part) first(tile(block, part), part);
           between(block * c_size, end_of(block));
@@ -183,7 +182,7 @@ struct Tiling {
       });
     } else {
       for_tiles(first);
-      torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) between(block * c_size, end_of(block));
       });
       for_tiles_again(second);
@@ -194,7 +193,7 @@ struct Tiling {
   template <typename F>
   void in_parallel(const F& f) const {
     const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (o_size * c_size * i_size));
-    torch::stable::parallel_for(0, parts * blocks, grain, f);
+    parallel_for(0, parts * blocks, grain, f);
   }
 
   // The size of parts, none larger than `most`, that are about alike.

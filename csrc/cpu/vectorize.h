@@ -8,14 +8,3 @@
 #else
 #define FUSED_OPS_VECTORIZED
 #endif
-
-#include <cstdint>
-
-namespace fused_ops {
-
-// Work items of about this many elements each are worth handing to another thread.
-constexpr int64_t kElementsPerTask = 32768;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace fused_ops

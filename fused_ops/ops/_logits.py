@@ -54,6 +54,14 @@ def is_final_backward(dloss):
     return type(dloss) is torch.Tensor and not is_grad_enabled() and not transforms_active()
 
 
+def is_one(dloss):
+    """Whether dloss is known to be 1, as where the loss itself is differentiated: then there is nothing to multiply by.
+
+    On the CPU to look takes less time than an op that would change nothing; elsewhere it would mean to wait.
+    """
+    return dloss.is_cpu and dloss.item() == 1
+
+
 def without_classes(shape):
     """(C,), (N, C) or (N, C, d1, d2, ...) without its C."""
     if len(shape) < 2:

@@ -27,6 +27,7 @@ from fused_ops.ops._logits import (
     in_dtype,
     in_forward_pass,
     is_final_backward,
+    is_one,
     like_logits,
     without_classes,
 )
@@ -92,18 +93,16 @@ class CrossEntropyWithGradient(torch.autograd.Function):
     def forward(ctx, logits, target, weight, options, narrowed):
         loss, ctx.dlogits = _with_gradient(logits, target, weight, *options, narrowed)
         ctx.options = options
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, weight)
         return loss
 
     @staticmethod
     def backward(ctx, dloss):
-        if dloss is None:
-            return (None,) * 5
         logits, target, weight = ctx.saved_tensors  # raises if somebody has changed the logits
         if ctx.dlogits is not None and is_final_backward(dloss):
             dlogits, ctx.dlogits = ctx.dlogits, None  # taken by the first backward pass alone
-            _scale_(dlogits, dloss, target, ctx.options[0])
+            if not is_one(dloss):
+                _scale_(dlogits, dloss, target, ctx.options[0])
         else:
             _, *saved = CrossEntropy.forward(logits, target, weight, *ctx.options)
             dlogits, _ = gradients_of_rows(dloss, logits, target, weight, *saved, *ctx.options, True, False)

@@ -37,7 +37,15 @@ from fused_ops._op import (
     transforms_active,
 )
 from fused_ops.ops import cross_entropy as ce
-from fused_ops.ops._logits import as_rows, check_loss, in_dtype, in_forward_pass, is_final_backward, without_classes
+from fused_ops.ops._logits import (
+    as_rows,
+    check_loss,
+    in_dtype,
+    in_forward_pass,
+    is_final_backward,
+    is_one,
+    without_classes,
+)
 from fused_ops.ops.cross_entropy_derivatives import mean_weights, reduced, row_gradient
 from fused_ops.ops.linear_cross_entropy_derivatives import accumulated, gradients_along, linear_logits, loss_along
 
@@ -204,7 +212,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             return (None,) * 13
         made = ctx.gradients is not None and all(m or not n for m, n in zip(ctx.made, needs, strict=True))
         if made and is_final_backward(dloss):  # takes what the forward pass made, and multiplies in place
-            gradients, ctx.gradients = [g.mul_(dloss) for g in ctx.gradients], None
+            gradients, ctx.gradients = ctx.gradients, None
+            if not is_one(dloss):
+                gradients = [g.mul_(dloss) for g in gradients]
         elif not made or is_grad_enabled() or transforms_active():
             gradients = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors, *ctx.options, list(needs))
         else:  # a compiler traces this, for any number of backward passes
