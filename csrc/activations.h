@@ -1,6 +1,7 @@
 // The activations, each with its derivative, for host and device. Derivations: fused_ops/ops/_activations.py.
 //
-// Those of float have no branches or calls, so that compilers vectorise loops over them. All keep NaN.
+// Those of float have no branches or calls, so that compilers vectorise loops over them. All keep NaN. kCheap: z takes
+// less time to work out again, derivative and all, than to be kept in memory.
 #pragma once
 
 #include <string>
@@ -11,6 +12,7 @@ namespace fused_ops {
 
 // No activation: whoever needs its derivative, 1, leaves the factor out.
 struct Identity {
+  static constexpr bool kCheap = true;
   template <typename Acc>
   FUSED_OPS_HOST_DEVICE static Acc value(Acc z) {
     return z;
@@ -18,6 +20,7 @@ struct Identity {
 };
 
 struct Relu {
+  static constexpr bool kCheap = true;
   template <typename Acc>
   FUSED_OPS_HOST_DEVICE static Acc value(Acc z) {
     return z <= 0 ? 0 : z;
@@ -29,6 +32,7 @@ struct Relu {
 };
 
 struct LeakyRelu {
+  static constexpr bool kCheap = true;
   template <typename Acc>
   FUSED_OPS_HOST_DEVICE static Acc value(Acc z) {
     return z * derivative(z);
@@ -40,6 +44,7 @@ struct LeakyRelu {
 };
 
 struct Tanh {
+  static constexpr bool kCheap = false;
   template <typename Acc>
   FUSED_OPS_HOST_DEVICE static Acc value(Acc z) {
     return tanh(z);
@@ -52,6 +57,7 @@ struct Tanh {
 };
 
 struct Gelu {
+  static constexpr bool kCheap = false;
   template <typename Acc>
   FUSED_OPS_HOST_DEVICE static Acc value(Acc z) {
     return z * normal_distribution(z, exp(static_cast<Acc>(-0.5) * z * z));
@@ -64,6 +70,7 @@ struct Gelu {
 };
 
 struct Silu {
+  static constexpr bool kCheap = false;
   template <typename Acc>
   FUSED_OPS_HOST_DEVICE static Acc sigmoid(Acc z) {
     return 1 / (1 + exp(-z));

@@ -16,7 +16,7 @@
 
 namespace fused_ops {
 
-// Compiled apart, to compile side by side: in batch_norm_float.cpp and batch_norm_half.cpp.
+// Compiled apart, to compile side by side: in batch_norm_float.cpp, batch_norm_double.cpp, ...
 extern template Passes<float> passes_with(const std::optional<std::string>&);
 extern template Passes<double> passes_with(const std::optional<std::string>&);
 extern template Passes<c10::Half> passes_with(const std::optional<std::string>&);
@@ -32,19 +32,12 @@ inline void merge_rows(const Layout& l, const Tile& t, int64_t o, int64_t step, 
                        Acc* m2) {
   const int64_t row_size = l.channels * l.inner, index = o * row_size;
   const auto value = [=](int64_t r, int64_t i) { return widen(x[index + r * step * row_size + i]); };
-  const auto sum = [=](int64_t i) {
-    Acc of_rows = value(0, i);
-    for (int64_t r = 1; r < rows; ++r) of_rows += value(r, i);
-    return of_rows;
-  };
+  const auto sum = [=](int64_t i) { return sum_of<rows>([=](int64_t r) { return value(r, i); }); };
   const auto distances = [=](int64_t i, Acc centre) {  // and their squares
-    Pair<Acc> of_rows{0, 0};
-    for (int64_t r = 0; r < rows; ++r) {
+    return sum_of<rows>([=](int64_t r) {
       const Acc distance = value(r, i) - centre;
-      of_rows.first += distance;
-      of_rows.second += distance * distance;
-    }
-    return of_rows;
+      return Pair<Acc>{distance, distance * distance};
+    });
   };
   const auto merge = [=](int64_t c, Acc count, Acc centre, Acc distance, Acc squares) {
     const Acc share = count / (before + count), delta = centre - mean[c] + distance / count;
@@ -273,8 +266,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
       tiling.for_tiles([&](const Tile& t, int64_t) { passes.backward(l, t, z, g, means, dx, dresidual); });
       return;
     }
-    // The second pass need not work dz out again, where T holds it without rounding.
-    T* kept = activation && std::is_same_v<T, Acc> ? (dresidual ? dresidual : dx) : nullptr;
+    // The second pass need not work dz out again, where T holds it without rounding: as dresidual or, if that is worth
+    // it, in the place of dx.
+    T* kept = activation && std::is_same_v<T, Acc> ? (dresidual || passes.cheap ? dresidual : dx) : nullptr;
     const PerPart<Acc> dz_sums(tiling), dz_distance_sums(tiling);
     std::vector<double> dz_sum(C), dz_distance_sum(C);  // over all parts
     tiling.for_tiles_twice(

@@ -1,9 +1,8 @@
-// The passes of batch normalisation over tiles of float32 and float64.
+// The passes of batch normalisation over tiles of float32.
 #include "batch_norm_passes.h"
 
 namespace fused_ops {
 
 template Passes<float> passes_with(const std::optional<std::string>&);
-template Passes<double> passes_with(const std::optional<std::string>&);
 
 }  // namespace fused_ops

@@ -51,16 +51,31 @@ inline void with_dz(const PreActivation<T>& f, const T* dy, const Use& use) {
     });
 }
 
+// use(dz), where dz(c, i) writes what it returns to kept[i], too; unless that is null, which a loop must not ask: some
+// compilers would not vectorise it.
+template <typename T, typename Dz, typename Use>
+inline void with_kept(const Dz& dz, T* kept, const Use& use) {
+  if (kept)
+    use([dz, kept](int64_t c, int64_t i) {
+      const auto dz_i = dz(c, i);
+      kept[i] = narrow<T>(dz_i);
+      return dz_i;
+    });
+  else
+    use(dz);
+}
+
 // Σ dz and Σ dz·(x − μ); and dz itself, unless `kept` is null
 template <typename A, typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const PreActivation<T>& f, const T* dy, Acc* dz_sum,
                                     Acc* dz_distance_sum, T* kept) {
   for (Acc* v : {dz_sum, dz_distance_sum}) std::fill(v + t.c_begin, v + t.c_end, Acc(0));
   with_dz<A>(f, dy, [&, x = f.x, mean = f.mean](const auto& dz) {
-    add_up(l, t, dz_sum, dz_distance_sum, [=](int64_t c, int64_t i) {
-      const Acc dz_i = dz(c, i);
-      if (kept) kept[i] = narrow<T>(dz_i);
-      return Pair<Acc>{dz_i, dz_i * (widen(x[i]) - mean[c])};
+    with_kept<T>(dz, kept, [&](const auto& dz_kept) {
+      add_up(l, t, dz_sum, dz_distance_sum, [=](int64_t c, int64_t i) {
+        const Acc dz_i = dz_kept(c, i);
+        return Pair<Acc>{dz_i, dz_i * (widen(x[i]) - mean[c])};
+      });
     });
   });
 }
@@ -75,21 +90,18 @@ struct Means {
 template <typename A, typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const PreActivation<T>& f, const T* dy,
                                         const Means<Acc>& means, T* dx, T* dresidual) {
-  with_dz<A>(f, dy, [&, x = f.x, mean = f.mean, scale = f.scale](const auto& dz) {
-    const auto dz_kept = [=](int64_t c, int64_t i) {
-      const Acc dz_i = dz(c, i);
-      if (dresidual) dresidual[i] = narrow<T>(dz_i);
-      return dz_i;
-    };
-    if (dx && means.dz) {
-      write_each(l, t, dx, [=, dz_mean = means.dz, slope = means.slope](int64_t c, int64_t i) {
-        return narrow<T>(scale[c] * (dz_kept(c, i) - dz_mean[c] - (widen(x[i]) - mean[c]) * slope[c]));
-      });
-    } else if (dx) {
-      write_each(l, t, dx, [=](int64_t c, int64_t i) { return narrow<T>(scale[c] * dz_kept(c, i)); });
-    } else {
-      for_each(l, t, [=](int64_t c, int64_t i) { dz_kept(c, i); });
-    }
+  with_dz<A>(f, dy, [&](const auto& dz) {
+    with_kept(dz, dresidual, [&, x = f.x, mean = f.mean, scale = f.scale](const auto& dz_kept) {
+      if (dx && means.dz) {
+        write_each(l, t, dx, [=, dz_mean = means.dz, slope = means.slope](int64_t c, int64_t i) {
+          return narrow<T>(scale[c] * (dz_kept(c, i) - dz_mean[c] - (widen(x[i]) - mean[c]) * slope[c]));
+        });
+      } else if (dx) {
+        write_each(l, t, dx, [=](int64_t c, int64_t i) { return narrow<T>(scale[c] * dz_kept(c, i)); });
+      } else {
+        for_each(l, t, [=](int64_t c, int64_t i) { dz_kept(c, i); });
+      }
+    });
   });
 }
 
@@ -99,6 +111,7 @@ struct Passes {
   decltype(&tile_forward<Identity, T>) forward;
   decltype(&tile_sums<Identity, T>) sums;
   decltype(&tile_backward<Identity, T>) backward;
+  bool cheap;
 };
 
 template <typename T>
@@ -106,7 +119,7 @@ Passes<T> passes_with(const std::optional<std::string>& activation) {
   Passes<T> passes;
   const auto take = [&](auto a) {
     using A = decltype(a);
-    passes = {tile_forward<A, T>, tile_sums<A, T>, tile_backward<A, T>};
+    passes = {tile_forward<A, T>, tile_sums<A, T>, tile_backward<A, T>, A::kCheap};
   };
   take(Identity{});
   STD_TORCH_CHECK(!activation || dispatch_activation(*activation, take), "batch_norm: there is no activation ",

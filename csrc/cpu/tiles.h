@@ -67,7 +67,19 @@ inline void write_each(const Layout& l, const Tile& t, T* out, const Value& valu
 template <typename Acc>
 struct Pair {
   Acc first, second;
+
+  Pair operator+(const Pair& other) const { return {first + other.first, second + other.second}; }
 };
+
+// value(0) + value(1) + ... + value(n − 1). Not a loop: within one that is to be vectorised compilers unroll only short
+// ones, and what they leave as a loop they don't vectorise.
+template <int64_t n, typename Value>
+inline auto sum_of(const Value& value) {
+  if constexpr (n == 1)
+    return value(0);
+  else
+    return sum_of<n - 1>(value) + value(n - 1);
+}
 
 // Sums are taken over so many rows (o) at once: what they add to is then read and written once for all of these, and
 // none waits for each addition. The rows are a quarter of the tile apart, so that memory is read in long runs.
@@ -79,13 +91,7 @@ inline void add_up_rows(const Layout& l, const Tile& t, int64_t o, int64_t step,
                         const Value& value) {
   const int64_t row_size = l.channels * l.inner, index = o * row_size;
   const auto sum_of_rows = [=](int64_t c, int64_t i) {
-    Pair<Acc> sum = value(c, i);
-    for (int64_t r = 1; r < rows; ++r) {
-      const Pair<Acc> values = value(c, i + r * step * row_size);
-      sum.first += values.first;
-      sum.second += values.second;
-    }
-    return sum;
+    return sum_of<rows>([=](int64_t r) { return value(c, i + r * step * row_size); });
   };
   if (l.inner == 1) {
 #pragma omp simd

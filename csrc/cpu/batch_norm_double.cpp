@@ -1,0 +1,8 @@
+// The passes of batch normalisation over tiles of float64.
+#include "batch_norm_passes.h"
+
+namespace fused_ops {
+
+template Passes<double> passes_with(const std::optional<std::string>&);
+
+}  // namespace fused_ops
