@@ -268,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
     }
     // The second pass need not work dz out again, where T holds it without rounding: as dresidual or, if that is worth
     // it, in the place of dx.
-    T* kept = activation && std::is_same_v<T, Acc> ? (dresidual || passes.cheap ? dresidual : dx) : nullptr;
+    T* kept = !std::is_same_v<T, Acc> ? nullptr : (passes.cheap ? dresidual : (dresidual ? dresidual : dx));
     const PerPart<Acc> dz_sums(tiling), dz_distance_sums(tiling);
     std::vector<double> dz_sum(C), dz_distance_sum(C);  // over all parts
     tiling.for_tiles_twice(

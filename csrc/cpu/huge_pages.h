@@ -13,9 +13,9 @@
 
 namespace fused_ops {
 
-// The tensor itself, before anything is written to it. Where the system refuses, it stays as it is; and where it
-// holds no whole huge page. Memory that glibc has kept to hand it out again, as it may up to 32 MiB,
-// has been touched before: then this costs a call to the system and no more.
+// The tensor itself, before anything is written to it. Where the system refuses, it stays as it is; and where it holds
+// no whole huge page. Memory that glibc has kept to hand it out again, as it may up to 32 MiB, has been touched before:
+// then this costs a call to the system and no more.
 inline torch::stable::Tensor on_huge_pages(torch::stable::Tensor t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
