@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "empty.h"
+#include "name.h"
 
 namespace fused_ops {
 
@@ -19,7 +20,7 @@ struct Rows {
   std::optional<double> softcap;
 
   Rows(const Tensor& logits_, const Tensor& target_, const std::optional<Tensor>& weight_, int64_t ignore_index_,
-       const std::string& reduction, double label_smoothing_, double z_loss_, std::optional<double> softcap_)
+       const Name& reduction, double label_smoothing_, double z_loss_, std::optional<double> softcap_)
       : logits(as_contiguous(logits_)),
         target(as_contiguous(target_)),
         ignore_index(ignore_index_),

@@ -17,10 +17,10 @@
 namespace fused_ops {
 
 // Compiled apart, to compile side by side: in batch_norm_float.cpp, batch_norm_double.cpp, ...
-extern template Passes<float> passes_with(const std::optional<std::string>&);
-extern template Passes<double> passes_with(const std::optional<std::string>&);
-extern template Passes<c10::Half> passes_with(const std::optional<std::string>&);
-extern template Passes<c10::BFloat16> passes_with(const std::optional<std::string>&);
+extern template Passes<float> passes_with(const std::optional<Name>&);
+extern template Passes<double> passes_with(const std::optional<Name>&);
+extern template Passes<c10::Half> passes_with(const std::optional<Name>&);
+extern template Passes<c10::BFloat16> passes_with(const std::optional<Name>&);
 
 namespace {
 
@@ -152,7 +152,7 @@ void move(Acc* running, const Acc* batch, Acc momentum, int64_t c_begin, int64_t
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor> running_mean,
                                                       std::optional<Tensor> running_var, std::optional<Tensor> weight,
                                                       std::optional<Tensor> bias, bool training, double momentum,
-                                                      double eps, std::optional<std::string> activation,
+                                                      double eps, std::optional<Name> activation,
                                                       std::optional<Tensor> residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
   STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics must be defined in evaluation mode");
@@ -220,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
                                                                std::optional<Tensor> bias,
                                                                std::optional<Tensor> residual, Tensor mean_in,
                                                                Tensor rstd_in, bool training, double,
-                                                               std::optional<std::string> activation, bool needs_input,
+                                                               std::optional<Name> activation, bool needs_input,
                                                                bool needs_parameters, bool needs_residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
   const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);

@@ -3,6 +3,6 @@
 
 namespace fused_ops {
 
-template Passes<double> passes_with(const std::optional<std::string>&);
+template Passes<double> passes_with(const std::optional<Name>&);
 
 }  // namespace fused_ops

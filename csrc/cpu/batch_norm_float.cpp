@@ -3,6 +3,6 @@
 
 namespace fused_ops {
 
-template Passes<float> passes_with(const std::optional<std::string>&);
+template Passes<float> passes_with(const std::optional<Name>&);
 
 }  // namespace fused_ops

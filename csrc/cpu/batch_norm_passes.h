@@ -4,11 +4,11 @@
 
 #include <algorithm>
 #include <optional>
-#include <string>
 #include <type_traits>
 
 #include "../activations.h"
 #include "../checks.h"
+#include "../name.h"
 #include "tiles.h"
 
 namespace fused_ops {
@@ -115,7 +115,7 @@ struct Passes {
 };
 
 template <typename T>
-Passes<T> passes_with(const std::optional<std::string>& activation) {
+Passes<T> passes_with(const std::optional<Name>& activation) {
   Passes<T> passes;
   const auto take = [&](auto a) {
     using A = decltype(a);

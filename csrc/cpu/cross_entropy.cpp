@@ -323,9 +323,8 @@ Tensor loss_of_rows(const Rows& rows, bool narrowed, Tensor* stats, Tensor* divi
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                                         int64_t ignore_index, std::string reduction,
-                                                         double label_smoothing, double z_loss,
-                                                         std::optional<double> softcap) {
+                                                         int64_t ignore_index, Name reduction, double label_smoothing,
+                                                         double z_loss, std::optional<double> softcap) {
   const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   check_targets(rows);
   const auto acc_type = accumulate_type(logits.scalar_type());
@@ -335,9 +334,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_with_gradient(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                                       int64_t ignore_index, std::string reduction,
-                                                       double label_smoothing, double z_loss,
-                                                       std::optional<double> softcap, bool narrowed) {
+                                                       int64_t ignore_index, Name reduction, double label_smoothing,
+                                                       double z_loss, std::optional<double> softcap, bool narrowed) {
   const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   check_targets(rows);
   Tensor dlogits = on_huge_pages(gradient_or_nothing(rows, true));
@@ -365,7 +363,7 @@ void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t i
 
 std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target,
                                                   std::optional<Tensor> weight, Tensor stats, Tensor divisor,
-                                                  int64_t ignore_index, std::string reduction, double label_smoothing,
+                                                  int64_t ignore_index, Name reduction, double label_smoothing,
                                                   double z_loss, std::optional<double> softcap, bool needs_logits,
                                                   bool needs_target) {
   const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
@@ -382,7 +380,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor dloss, Tensor logits, T
 }
 
 Tensor cross_entropy_backward_(Tensor dloss, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor stats,
-                               Tensor divisor, int64_t ignore_index, std::string reduction, double label_smoothing,
+                               Tensor divisor, int64_t ignore_index, Name reduction, double label_smoothing,
                                double z_loss, std::optional<double> softcap, bool needs_target) {
   STD_TORCH_CHECK(logits.is_contiguous(), "logits should be contiguous, to be written over");
   const Rows rows(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);

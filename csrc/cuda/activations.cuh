@@ -4,10 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <optional>
-#include <string>
 
 #include "../activations.h"
 #include "../checks.h"
+#include "../name.h"
 
 namespace fused_ops {
 
@@ -20,7 +20,7 @@ inline Activation number_of(Tanh) { return Activation::kTanh; }
 inline Activation number_of(Gelu) { return Activation::kGelu; }
 inline Activation number_of(Silu) { return Activation::kSilu; }
 
-inline Activation activation_of(const std::optional<std::string>& name) {
+inline Activation activation_of(const std::optional<Name>& name) {
   auto activation = Activation::kNone;
   const bool known = !name || dispatch_activation(*name, [&](auto a) { activation = number_of(a); });
   STD_TORCH_CHECK(known, "there is no activation ", *name);

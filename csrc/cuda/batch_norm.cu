@@ -20,7 +20,7 @@ struct Terms {
   Activation activation;
 
   Terms(const Batch& batch, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
-        const std::optional<Tensor>& bias, const std::optional<std::string>& activation)
+        const std::optional<Tensor>& bias, const std::optional<Name>& activation)
       : x(batch.input.const_data_ptr<T>()),
         residual(data_or_null<T>(residual)),
         weight(weight, batch.input, "weight"),
@@ -288,7 +288,7 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
 std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor> running_mean,
                                                       std::optional<Tensor> running_var, std::optional<Tensor> weight,
                                                       std::optional<Tensor> bias, bool training, double momentum,
-                                                      double eps, std::optional<std::string> activation,
+                                                      double eps, std::optional<Name> activation,
                                                       std::optional<Tensor> residual) {
   STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics must be defined in evaluation mode");
   const Batch batch(input);
@@ -322,9 +322,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
                                                                std::optional<Tensor> bias,
                                                                std::optional<Tensor> residual, Tensor mean, Tensor rstd,
-                                                               bool training, double,
-                                                               std::optional<std::string> activation, bool needs_input,
-                                                               bool needs_parameters, bool needs_residual) {
+                                                               bool training, double, std::optional<Name> activation,
+                                                               bool needs_input, bool needs_parameters,
+                                                               bool needs_residual) {
   const Batch batch(input);
   dy = batch.alike(dy, "dy");
   if (residual) residual = batch.alike(*residual, "residual");

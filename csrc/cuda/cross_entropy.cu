@@ -287,18 +287,16 @@ Tensor empty_divisor(const Rows& rows) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                                         int64_t ignore_index, std::string reduction,
-                                                         double label_smoothing, double z_loss,
-                                                         std::optional<double> softcap) {
+                                                         int64_t ignore_index, Name reduction, double label_smoothing,
+                                                         double z_loss, std::optional<double> softcap) {
   const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   Tensor stats = empty_stats(rows), divisor = empty_divisor(rows);
   return {loss_of_rows(rows, stats, divisor, nullptr), stats, divisor};
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_with_gradient(Tensor logits, Tensor target, std::optional<Tensor> weight,
-                                                       int64_t ignore_index, std::string reduction,
-                                                       double label_smoothing, double z_loss,
-                                                       std::optional<double> softcap, bool narrowed) {
+                                                       int64_t ignore_index, Name reduction, double label_smoothing,
+                                                       double z_loss, std::optional<double> softcap, bool narrowed) {
   const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   Tensor stats = empty_stats(rows), divisor = empty_divisor(rows), dlogits = gradient_or_nothing(rows, true);
   const Tensor loss = loss_of_rows(rows, stats, divisor, &dlogits);
@@ -322,7 +320,7 @@ void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t i
 
 std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target,
                                                   std::optional<Tensor> weight, Tensor stats, Tensor divisor,
-                                                  int64_t ignore_index, std::string reduction, double label_smoothing,
+                                                  int64_t ignore_index, Name reduction, double label_smoothing,
                                                   double z_loss, std::optional<double> softcap, bool needs_logits,
                                                   bool needs_target) {
   const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
@@ -338,7 +336,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor dloss, Tensor logits, T
 }
 
 Tensor cross_entropy_backward_(Tensor dloss, Tensor logits, Tensor target, std::optional<Tensor> weight, Tensor stats,
-                               Tensor divisor, int64_t ignore_index, std::string reduction, double label_smoothing,
+                               Tensor divisor, int64_t ignore_index, Name reduction, double label_smoothing,
                                double z_loss, std::optional<double> softcap, bool needs_target) {
   STD_TORCH_CHECK(logits.is_contiguous(), "logits should be contiguous, to be written over");
   const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
