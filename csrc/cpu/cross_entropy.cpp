@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "cross_entropy_block.h"
+#include "cross_entropy_loss.h"
 #include "huge_pages.h"
 
 namespace fused_ops {
@@ -21,22 +21,6 @@ constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many
 constexpr int64_t kParts = 4;          // of what is left, for each task
 constexpr int64_t kStackSteps = 256;   // of a task's scratch, up to which it is on its stack
 
-// The class indices and their weights.
-template <typename Acc>
-struct Classes {
-  const int64_t* y;  // null for class probabilities
-  const Acc* w;      // null without weights
-  int64_t ignore_index;
-
-  explicit Classes(const Rows& rows)
-      : y(rows.probabilities ? nullptr : rows.target.const_data_ptr<int64_t>()),
-        w(data_or_null<Acc>(rows.weight)),
-        ignore_index(rows.ignore_index) {}
-
-  bool ignored(int64_t r) const { return y && y[r] == ignore_index; }
-  Acc weight(int64_t r) const { return y && w ? w[y[r]] : Acc(1); }
-};
-
 // Throws where a target is out of bounds: later, inside parallel_for, nothing may.
 void check_targets(const Rows& rows) {
   if (rows.probabilities) return;
@@ -45,15 +29,6 @@ void check_targets(const Rows& rows) {
     if (y[r] != rows.ignore_index && (y[r] < 0 || y[r] >= rows.C))
       throw std::out_of_range("Target " + std::to_string(y[r]) + " is out of bounds.");
 }
-
-// Logits, class probabilities and their gradients from some element on; null where there are none.
-template <typename T>
-struct Elements {
-  const T *x, *y;
-  T *dx, *dy;
-
-  Elements from(int64_t i) const { return {x + i, y ? y + i : nullptr, dx ? dx + i : nullptr, dy ? dy + i : nullptr}; }
-};
 
 // f(place in memory, place side by side) of every element of rows from r on, wherever they lie.
 template <typename F>
@@ -80,8 +55,8 @@ void scatter(const Rows& rows, int64_t r, int64_t count, const T* side_by_side, 
   for_places(rows, r, count, [=](int64_t place, int64_t beside) { x[place] = side_by_side[beside]; });
 }
 
-// Calls f(block, its first row, its elements, a buffer for its steps) until all rows are done. A block is a few long
-// rows, or rows that lie side by side, or that are gathered to do so.
+// Calls f.block(block, its first row, its elements, a buffer for its steps) until all rows are done. A block is a few
+// long rows, of which f.blocks takes several, or rows that lie side by side, or that are gathered to do so.
 template <typename T, typename F>
 void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
   using Acc = accumulate_t<T>;
@@ -92,8 +67,8 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
   const int64_t steps = long_rows ? ceil_div(C, kLanes) : C;
   const int64_t long_rows_at_once =
       std::clamp<int64_t>(kBufferSize / (std::max<int64_t>(1, steps) * kLanes), 1, kLanes);
-  const int64_t buffer_steps = steps * (long_rows ? long_rows_at_once : 1);
-  const int64_t gatherings = gathered ? (all.y ? 4 : 2) : 0;  // x, dx, y, dy
+  const int64_t buffer_steps = steps * (long_rows ? 2 * long_rows_at_once : 1);  // of a block and the one before
+  const int64_t gatherings = gathered ? (all.y ? 4 : 2) : 0;                     // x, dx, y, dy
   const int64_t scratch_steps = buffer_steps + gatherings * C;
   // A task takes a part of what is left, until that is nothing: one that starts late, or whose processor is busy, does
   // less, and one alone would do it all. The parts get smaller, so that all tasks end together.
@@ -116,131 +91,24 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
       if (!next.compare_exchange_weak(r, end)) continue;  // r is now where another task has taken a part from
       for (int64_t count; r < end; r += count) {
         if (long_rows) {
-          count = std::min(long_rows_at_once, end - r);
-          f(Block<false>{C, count, D}, r, all.from(rows.start(r)), buffer);
+          const int64_t at_once = std::min(long_rows_at_once, end - r), blocks = (end - r) / at_once;
+          f.blocks(Block<false>{C, at_once, D}, blocks, r, all.from(rows.start(r)), buffer);
+          count = blocks * at_once;
         } else if (gathered) {
           count = std::min(kLanes, end - r);
           gather(rows, r, count, all.x, x);
           if (all.y) gather(rows, r, count, all.y, y);
-          f(Block<true>{C, count, kLanes}, r, in_cache, buffer);
+          f.block(Block<true>{C, count, kLanes}, r, in_cache, buffer);
           if (all.dx) scatter(rows, r, count, dx, all.dx);
           if (all.dy) scatter(rows, r, count, dy, all.dy);
         } else {
           count = std::min({kLanes, D - r % D, end - r});
-          f(Block<true>{C, count, D}, r, all.from(rows.start(r)), buffer);
+          f.block(Block<true>{C, count, D}, r, all.from(rows.start(r)), buffer);
         }
       }
     }
   });
 }
-
-// Of each row of a block: m and log_z, the gradient g of its loss, and Σ t.
-template <typename Acc>
-struct RowValues {
-  Lanes<Acc> m, log_z, g, t_sum;
-};
-
-// The losses and gradients of a block, in one of the forms of the targets.
-template <typename T, typename Cap, typename Targets>
-struct BlockLoss {
-  using Acc = accumulate_t<T>;
-  Cap cap;
-  Targets targets;
-  Classes<Acc> classes;
-  Acc keep, share, z_loss, w_sum = 0;  // 1 − ε, ε/C, ζ; Σ w, of smoothed class indices
-
-  BlockLoss(const Rows& rows, Cap cap_, Targets targets_)
-      : cap(cap_),
-        targets(targets_),
-        classes(rows),
-        keep(static_cast<Acc>(1 - rows.label_smoothing)),
-        share(static_cast<Acc>(rows.label_smoothing / std::max<int64_t>(1, rows.C))),
-        z_loss(static_cast<Acc>(rows.z_loss)) {
-    if constexpr (Targets::kDense && !Targets::kProbabilities)
-      for (int64_t c = 0; c < rows.C; ++c) w_sum += targets(c, c);
-  }
-
-  Targets targets_of(const Elements<T>& at) const {
-    Targets t = targets;
-    if constexpr (Targets::kProbabilities) t.y = at.y;
-    return t;
-  }
-
-  // From the gradient of each loss, which is in `row`, dx, unless it is null: the losses of rows from r on. The others
-  // of `row` it finds.
-  template <typename B>
-  void forward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row, Acc* buffer, Acc* losses) const {
-    const auto t = targets_of(at);
-    Lanes<Acc> z, distance;
-    find_maxima(at.x, block, cap, row.m);
-    if (at.dx)
-      exponentiate<true>(at.x, block, cap, t, row.m, buffer, z, distance);
-    else
-      exponentiate<false>(at.x, block, cap, t, row.m, buffer, z, distance);
-    if constexpr (Targets::kProbabilities) sum_targets(block, t, row.t_sum);
-    logarithms(block, z, row.log_z);
-    for (int64_t i = 0; i < block.rows; ++i) {
-      Acc &m = row.m[i], &loss = losses[i];
-      const Acc log_z = row.log_z[i];
-      loss = 0;
-      if constexpr (Targets::kProbabilities)
-        loss = block.C ? row.t_sum[i] * log_z + distance[i] : Acc(0);
-      else if (!classes.ignored(r + i)) {
-        const Acc s_y = cap(widen(at.x[block.place(i, classes.y[r + i])]));
-        loss = keep * classes.weight(r + i) * (log_z - (s_y - m));
-        if constexpr (Targets::kDense) loss += share * (w_sum * log_z + distance[i]);
-      }
-      if (std::isnan(z[i]) && std::isfinite(m)) m = z[i];  // a NaN among the logits
-      if (z_loss != 0 && !classes.ignored(r + i)) loss += z_loss * (m + log_z) * (m + log_z);
-    }
-    if (at.dx) logits_gradient(block, r, at, Exponentials<Acc>{buffer}, row);
-  }
-
-  // The gradients of rows from r on, where not null, from what is in `row`.
-  template <typename B>
-  void backward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row, Acc* buffer) const {
-    if constexpr (Targets::kProbabilities) {
-      const auto t = targets_of(at);
-      sum_targets(block, t, row.t_sum);
-      if (at.dy) target_gradient<T>(at.x, block, cap, t, row.m, row.log_z, row.g, at.dy);
-    }
-    if (!at.dx) return;
-    // As forward did, where compilers choose which product is rounded: of a·e − g_t·t one, of m − cap·tanh one or none.
-    if constexpr (Targets::kDense || Cap::kCapped) {
-      Lanes<Acc> z, distance;  // known already
-      exponentiate<true>(at.x, block, cap, OneHot{}, row.m, buffer, z, distance);
-      logits_gradient(block, r, at, Exponentials<Acc>{buffer}, row);
-    } else {
-      logits_gradient(block, r, at, ExponentialsAgain<T>{row.m}, row);
-    }
-  }
-
- private:
-  // dx of the rows from r on, from e = exp(s_c − m).
-  template <typename B, typename E>
-  void logits_gradient(const B& block, int64_t r, const Elements<T>& at, E e, const RowValues<Acc>& row) const {
-    Factors<Acc> factors;
-    inverse_sums(block, row.log_z, factors.a);
-    for (int64_t i = 0; i < block.rows; ++i) {
-      const Acc g = row.g[i];
-      Acc A = 2 * z_loss * (row.m[i] + row.log_z[i]);
-      if constexpr (Targets::kProbabilities) {
-        A += row.t_sum[i];
-        factors.g_t[i] = g;
-      } else {
-        const Acc nll_t = classes.ignored(r + i) ? Acc(0) : keep * classes.weight(r + i);  // what t has at y alone
-        A += nll_t + share * w_sum;
-        factors.g_t[i] = g * share;
-        factors.g_y[i] = usual_nan(g * nll_t);
-        factors.y[i] = classes.ignored(r + i) ? 0 : static_cast<int32_t>(classes.y[r + i]);
-      }
-      factors.a[i] = usual_nan(factors.a[i] * (g * A));
-    }
-    block_gradient<T>(at.x, block, cap, e, targets_of(at), factors, at.dx);
-    for (int64_t i = 0; i < block.rows; ++i)
-      for (int64_t c = 0; classes.ignored(r + i) && c < block.C; ++c) at.dx[block.place(i, c)] = T(0);
-  }
-};
 
 // Calls f with the BlockLoss of the rows.
 template <typename T, typename F>
@@ -254,24 +122,65 @@ const T* probabilities_or_null(const Rows& rows) {
   return rows.probabilities ? rows.target.const_data_ptr<T>() : nullptr;
 }
 
+// The gradients of rows from dlosses, m and log_z.
+template <typename T, typename Loss>
+struct BackwardPass {
+  using Acc = accumulate_t<T>;
+  const Loss& loss;
+  const Acc *m, *log_z, *dlosses;
+  Acc divisor;
+  bool per_row;
+
+  template <typename B>
+  void block(const B& block, int64_t r, const Elements<T>& at, Acc* buffer) const {
+    RowValues<Acc> row;
+    for (int64_t i = 0; i < block.rows; ++i) {
+      row.m[i] = usual_nan(m[r + i]);
+      row.log_z[i] = log_z[r + i];
+      row.g[i] = dlosses[per_row ? r + i : 0] / divisor;
+    }
+    loss.backward(block, r, at, row, buffer);
+  }
+
+  void blocks(const Block<false>& of, int64_t blocks, int64_t r, const Elements<T>& at, Acc* buffer) const {
+    for (int64_t i = 0; i < blocks; ++i) block(of, r + i * of.rows, at.from(of.start(i * of.rows)), buffer);
+  }
+};
+
+// The losses of rows; and m and log_z, where not null, or the gradients for dloss = 1, of which each row has g.
+template <typename T, typename Loss>
+struct ForwardPass {
+  using Acc = accumulate_t<T>;
+  const Loss& loss;
+  Acc g, *losses, *m, *log_z;
+
+  template <typename B>
+  void block(const B& block, int64_t r, const Elements<T>& at, Acc* buffer) const {
+    RowValues<Acc> row;
+    std::fill_n(row.g, block.rows, g);
+    loss.forward(block, r, at, row, buffer, losses + r);
+    if (!m) return;
+    std::copy_n(row.m, block.rows, m + r);
+    std::copy_n(row.log_z, block.rows, log_z + r);
+  }
+
+  void blocks(const Block<false>& of, int64_t blocks, int64_t r, const Elements<T>& at, Acc* buffer) const {
+    if constexpr (Loss::kInOneSweep)  // but for rows that leave the cache, which wait for memory in any case
+      if (at.dx && of.rows > 1) return loss.forward_in_one_sweep(of, blocks, r, at, g, buffer, losses + r);
+    for (int64_t i = 0; i < blocks; ++i) block(of, r + i * of.rows, at.from(of.start(i * of.rows)), buffer);
+  }
+};
+
 // The gradient of every row, dx (which may be the logits themselves) and dy, where not null.
 template <typename T>
 void row_gradients(const Rows& rows, const RowGradients& gradients, T* dx, T* dy) {
   using Acc = accumulate_t<T>;
-  const Acc *m = gradients.stats.const_data_ptr<Acc>(), *log_z = m + rows.R;
-  const Acc* dlosses = gradients.dlosses.const_data_ptr<Acc>();
+  const Acc *m = gradients.stats.const_data_ptr<Acc>(), *dlosses = gradients.dlosses.const_data_ptr<Acc>();
   const Acc divisor = rows.mean ? *gradients.divisor.const_data_ptr<Acc>() : Acc(1);
   const Elements<T> all{rows.logits.const_data_ptr<T>(), probabilities_or_null<T>(rows), dx, dy};
   dispatch_blocks<T>(rows, [&](const auto& loss) {
-    for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc* buffer) {
-      RowValues<Acc> row;
-      for (int64_t i = 0; i < block.rows; ++i) {
-        row.m[i] = usual_nan(m[r + i]);
-        row.log_z[i] = log_z[r + i];
-        row.g[i] = dlosses[rows.per_row ? r + i : 0] / divisor;
-      }
-      loss.backward(block, r, at, row, buffer);
-    });
+    using Loss = std::decay_t<decltype(loss)>;
+    for_each_block<T>(rows, all, BackwardPass<T, Loss>{loss, m, m + rows.R, dlosses, divisor, rows.per_row});
   });
 }
 
@@ -298,14 +207,8 @@ Tensor loss_of_rows(const Rows& rows, bool narrowed, Tensor* stats, Tensor* divi
     const Elements<T> all{rows.logits.template const_data_ptr<T>(), probabilities_or_null<T>(rows),
                           dlogits ? data_or_null<T>(*dlogits) : nullptr, nullptr};
     dispatch_blocks<T>(rows, [&](const auto& loss) {
-      for_each_block<T>(rows, all, [&](const auto& block, int64_t r, const Elements<T>& at, Acc* buffer) {
-        RowValues<Acc> row;
-        std::fill_n(row.g, block.rows, g);
-        loss.forward(block, r, at, row, buffer, losses.data() + r);
-        if (!m) return;
-        std::copy_n(row.m, block.rows, m + r);
-        std::copy_n(row.log_z, block.rows, m + R + r);
-      });
+      using Loss = std::decay_t<decltype(loss)>;
+      for_each_block<T>(rows, all, ForwardPass<T, Loss>{loss, g, losses.data(), m, m ? m + R : nullptr});
     });
 
     if (!rows.per_row) {
