@@ -1,8 +1,9 @@
 // Cross-entropy. Derivation and names: fused_ops/ops/cross_entropy.py.
 //
 // A row is read from memory once: while it is in cache its maximum is found, and then its exponentials, of which both
-// the loss and, from a buffer that stays there, the gradient are made. Rows are independent, and it does not matter to
-// them how they are taken together into blocks, so the result does not depend on the number of threads.
+// the loss and, from a buffer that stays there, the gradient are made: of several rows at a time, which are blocks.
+// Rows are independent, and it does not matter to them how they are taken together, so the result does not depend on
+// the number of threads.
 #include <atomic>
 #include <memory>
 #include <numeric>
@@ -17,7 +18,7 @@ namespace fused_ops {
 namespace {
 
 constexpr int64_t kLongRow = 128;      // so many classes are worth the merging of lanes
-constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many elements stay in the L1 cache
+constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many elements stay in a near cache
 constexpr int64_t kParts = 4;          // of what is left, for each task
 constexpr int64_t kStackSteps = 256;   // of a task's scratch, up to which it is on its stack
 

@@ -91,6 +91,11 @@ def cross_entropy_cases():
         def _(make, shape=shape):
             return (make(*shape, low=-30.0, high=-20.0), make.indices(3, classes=shape[1])), {}
 
+    @case("indices-150x203", gradcheck=False)  # several blocks of long rows
+    def _(make):
+        weight = make.weights(203, requires_grad=False)
+        return (make(150, 203), make.indices(150, classes=203)), {"weight": weight, "ignore_index": 3}
+
     @case("indices-4099", gradcheck=False)  # a row for more threads than a block of a CUDA card has
     def _(make):
         return (make(3, 4099), make.indices(3, classes=4099)), {"label_smoothing": 0.1}
