@@ -123,6 +123,14 @@ const T* probabilities_or_null(const Rows& rows) {
   return rows.probabilities ? rows.target.const_data_ptr<T>() : nullptr;
 }
 
+// pass.block of each of so many blocks that follow each other.
+template <typename Pass, typename T>
+void one_by_one(const Pass& pass, const Block<false>& block, int64_t blocks, int64_t r, const Elements<T>& at,
+                accumulate_t<T>* buffer) {
+  for (int64_t i = 0; i < blocks; ++i)
+    pass.block(block, r + i * block.rows, at.from(block.start(i * block.rows)), buffer);
+}
+
 // The gradients of rows from dlosses, m and log_z.
 template <typename T, typename Loss>
 struct BackwardPass {
@@ -144,7 +152,7 @@ struct BackwardPass {
   }
 
   void blocks(const Block<false>& of, int64_t blocks, int64_t r, const Elements<T>& at, Acc* buffer) const {
-    for (int64_t i = 0; i < blocks; ++i) block(of, r + i * of.rows, at.from(of.start(i * of.rows)), buffer);
+    one_by_one(*this, of, blocks, r, at, buffer);
   }
 };
 
@@ -168,7 +176,7 @@ struct ForwardPass {
   void blocks(const Block<false>& of, int64_t blocks, int64_t r, const Elements<T>& at, Acc* buffer) const {
     if constexpr (Loss::kInOneSweep)  // but for rows that leave the cache, which wait for memory in any case
       if (at.dx && of.rows > 1) return loss.forward_in_one_sweep(of, blocks, r, at, g, buffer, losses + r);
-    for (int64_t i = 0; i < blocks; ++i) block(of, r + i * of.rows, at.from(of.start(i * of.rows)), buffer);
+    one_by_one(*this, of, blocks, r, at, buffer);
   }
 };
 

@@ -7,43 +7,53 @@
 
 namespace fused_ops {
 
+// s of every element.
+template <typename T, typename Cap>
+struct Logits {
+  const T* x;
+  Cap cap;
+
+  template <typename B>
+  Logits of(B block, int64_t group) const {
+    return {x + block.start(group), cap};
+  }
+  accumulate_t<T> operator()(At at, int64_t p) const { return cap(widen(x[at.place + p])); }
+};
+
 // m = max s of every row.
 template <typename T, typename Cap, typename Acc = accumulate_t<T>>
 struct FindMaxima {
-  const T* x;
-  Cap cap;
+  Logits<T, Cap> s;
   Acc* m;
 
   template <typename B>
   struct Group {
-    const T* x;
-    Cap cap;
+    Logits<T, Cap> s;
     Acc* m;
     Largest<T> largest{};
 
     template <typename L>
     void step(At at, const L& for_lanes) {
-      for_lanes([&](int64_t p) { largest.see(p, x[at.place + p]); });
+      for_lanes([&](int64_t p) { largest.see(p, s.x[at.place + p]); });
     }
     void finish() {
       if constexpr (B::kSideBySide)
-        for_lanes(kLanes, [&](int64_t p) { m[p] = cap(widen(largest.of_lane(p))); });
+        for_lanes(kLanes, [&](int64_t p) { m[p] = s.cap(widen(largest.of_lane(p))); });
       else
-        *m = cap(widen(largest.of_all()));
+        *m = s.cap(widen(largest.of_all()));
     }
   };
 
   template <typename B>
   Group<B> of(B block, int64_t group) const {
-    return {x + block.start(group), cap, m + group};
+    return {s.of(block, group), m + group};
   }
 };
 
 // z = Σ exp(s − m) of every row and, of dense targets, Σ t·(m − s); and if they are kept exp(s_c − m), in steps.
 template <bool kKept, typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
 struct Exponentiate {
-  const T* x;
-  Cap cap;
+  Logits<T, Cap> s;
   Targets targets;
   const Acc* m;
   Acc *e, *z, *distance;
@@ -51,8 +61,7 @@ struct Exponentiate {
   template <typename B>
   struct Group {
     B block;
-    const T* x;
-    Cap cap;
+    Logits<T, Cap> s;
     Targets t;
     OfGroup<B, Acc> m;
     Acc *e, *z, *distance;
@@ -61,7 +70,7 @@ struct Exponentiate {
     template <typename L>
     void step(At at, const L& for_lanes) {
       for_lanes([&](int64_t p) {
-        const Acc below = m[p] - cap(widen(x[at.place + p])), e_c = exp_of_softmax<T>(below);
+        const Acc below = m[p] - s(at, p), e_c = exp_of_softmax<T>(below);
         if constexpr (kKept) e[at.in_buffer + p] = e_c;
         sums[p] += p < at.seen ? 0 : e_c;
         if constexpr (Targets::kDense) distances[p] += p < at.seen ? 0 : t(block.class_of(at, p), at.place + p) * below;
@@ -77,7 +86,7 @@ struct Exponentiate {
   Group<B> of(B block, int64_t group) const {
     const int64_t start = block.start(group);
     Acc* kept = e + block.first_step(group);
-    return {block, x + start, cap, targets.row(start), {block, m, group}, kept, z + group, distance + group};
+    return {block, s.of(block, group), targets.row(start), {block, m, group}, kept, z + group, distance + group};
   }
 };
 
@@ -171,8 +180,7 @@ struct ExponentialsAgain {
 // dx of every row. It may lie where x does, if the steps do not overlap.
 template <typename T, typename Cap, typename E, typename Targets, typename Acc = accumulate_t<T>>
 struct WriteGradient {
-  const T* x;
-  Cap cap;
+  Logits<T, Cap> s;
   E exponentials;
   Targets targets;
   const Factors<Acc>& f;
@@ -183,8 +191,7 @@ struct WriteGradient {
     static constexpr bool kOneClass =
         !B::kSideBySide && !Targets::kProbabilities;  // quicker put right than asked for in each lane
     B block;
-    const T* x;
-    Cap cap;
+    Logits<T, Cap> s;
     typename E::template Group<B> e;
     Targets t;
     OfGroup<B, Acc> a, g_t, g_y;
@@ -193,11 +200,11 @@ struct WriteGradient {
     T dx_y = kOneClass ? gradient(At{y[0], y[0], 0}, 0, true) : T(0);
 
     T gradient(At at, int64_t p, bool is_class) const {
-      const Acc s = cap(widen(x[at.place + p]));
-      Acc q = a[p] * e(at, p, s);
+      const Acc s_c = s(at, p);
+      Acc q = a[p] * e(at, p, s_c);
       if constexpr (Targets::kDense) q -= g_t[p] * t(block.class_of(at, p), at.place + p);
       if constexpr (!Targets::kProbabilities) q -= is_class ? g_y[p] : 0;
-      q *= cap.slope(s);
+      q *= s.cap.slope(s_c);
       return Targets::kDense ? narrow<T>(q) : narrow_away<T>(q);  // t could be any NaN
     }
     template <typename L>
@@ -214,8 +221,7 @@ struct WriteGradient {
   Group<B> of(B block, int64_t group) const {
     const int64_t start = block.start(group);
     return {block,
-            x + start,
-            cap,
+            s.of(block, group),
             exponentials.of(block, group),
             targets.row(start),
             {block, f.a, group},
@@ -229,8 +235,7 @@ struct WriteGradient {
 // dy_c = g·dt/dy·(lse − s_c) of every row.
 template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
 struct WriteTargetGradient {
-  const T* x;
-  Cap cap;
+  Logits<T, Cap> s;
   Targets targets;
   const Acc *m, *log_z, *g;
   T* dy;
@@ -238,8 +243,7 @@ struct WriteTargetGradient {
   template <typename B>
   struct Group {
     B block;
-    const T* x;
-    Cap cap;
+    Logits<T, Cap> s;
     Targets t;
     OfGroup<B, Acc> m, log_z, g;
     T* dy;
@@ -247,7 +251,7 @@ struct WriteTargetGradient {
     template <typename L>
     void step(At at, const L& for_lanes) {
       for_lanes([&](int64_t p) {
-        const Acc neg_logp = log_z[p] - (cap(widen(x[at.place + p])) - m[p]);
+        const Acc neg_logp = log_z[p] - (s(at, p) - m[p]);
         dy[at.place + p] = narrow<T>(g[p] * t.slope(block.class_of(at, p)) * neg_logp);
       });
     }
@@ -257,7 +261,8 @@ struct WriteTargetGradient {
   template <typename B>
   Group<B> of(B block, int64_t group) const {
     const int64_t start = block.start(group);
-    return {block, x + start, cap, targets, {block, m, group}, {block, log_z, group}, {block, g, group}, dy + start};
+    return {block,     s.of(block, group), targets, {block, m, group}, {block, log_z, group}, {block, g, group},
+            dy + start};
   }
 };
 

@@ -70,7 +70,7 @@ struct BlockLoss {
   template <typename B>
   void forward(const B& block, int64_t r, const Elements<T>& at, RowValues<Acc>& row, Acc* buffer, Acc* losses) const {
     Lanes<Acc> z, distance;
-    sweep<true>(block, FindMaxima<T, Cap>{at.x, cap, row.m});
+    sweep<true>(block, FindMaxima<T, Cap>{{at.x, cap}, row.m});
     if (at.dx)
       exponentiate<true>(block, at, targets_of(at), row.m, buffer, z, distance);
     else
@@ -92,15 +92,16 @@ struct BlockLoss {
     Factors<Acc> factors;
     Lanes<Acc> z, distance, next_m;
     const auto gradient_before = [&] {
-      return WriteGradient<T, Cap, Exponentials<Acc>, Targets>{at.x - size, cap,     {e_before},
-                                                               targets,     factors, at.dx - size};
+      return WriteGradient<T, Cap, Exponentials<Acc>, Targets>{
+          {at.x - size, cap}, {e_before}, targets, factors, at.dx - size};
     };
     std::fill_n(row.g, block.rows, g);
-    sweep<true>(block, FindMaxima<T, Cap>{at.x, cap, next_m});
+    sweep<true>(block, FindMaxima<T, Cap>{{at.x, cap}, next_m});
     for (int64_t i = 0; i < blocks; ++i) {
       std::copy_n(next_m, block.rows, row.m);
-      const Exponentiate<true, T, Cap, Targets> exponentiate{at.x, cap, targets, row.m, e, z, distance};
-      const FindMaxima<T, Cap> find_maxima{i + 1 < blocks ? at.x + size : at.x, cap, next_m};  // the last one for none
+      const Exponentiate<true, T, Cap, Targets> exponentiate{{at.x, cap}, targets, row.m, e, z, distance};
+      const T* next = i + 1 < blocks ? at.x + size : at.x;  // what it finds in the last one is not used
+      const FindMaxima<T, Cap> find_maxima{{next, cap}, next_m};
       if (i == 0)
         sweep<true>(block, exponentiate, find_maxima);
       else
@@ -173,7 +174,7 @@ struct BlockLoss {
       const auto t = targets_of(at);
       sweep<true>(block, SumTargets<Targets, Acc>{t, row.t_sum});
       if (at.dy)
-        sweep<false>(block, WriteTargetGradient<T, Cap, Targets>{at.x, cap, t, row.m, row.log_z, row.g, at.dy});
+        sweep<false>(block, WriteTargetGradient<T, Cap, Targets>{{at.x, cap}, t, row.m, row.log_z, row.g, at.dy});
     }
     if (!at.dx) return;
     // As forward did, where compilers choose which product is rounded: of a·e − g_t·t one, of m − cap·tanh one or none.
@@ -191,7 +192,7 @@ struct BlockLoss {
   void exponentiate(const B& block, const Elements<T>& at, SomeTargets t, const Lanes<Acc>& m, Acc* e, Lanes<Acc>& z,
                     Lanes<Acc>& distance) const {
     const T* next = at.x + (B::kSideBySide ? kLanes : block.rows * block.C);  // harmless after the last block
-    sweep<true>(block, Prefetch<T>{next}, Exponentiate<kKept, T, Cap, SomeTargets>{at.x, cap, t, m, e, z, distance});
+    sweep<true>(block, Prefetch<T>{next}, Exponentiate<kKept, T, Cap, SomeTargets>{{at.x, cap}, t, m, e, z, distance});
   }
 
   // dx of the rows from r on, from e = exp(s_c − m).
@@ -199,7 +200,7 @@ struct BlockLoss {
   void logits_gradient(const B& block, int64_t r, const Elements<T>& at, E e, const RowValues<Acc>& row) const {
     Factors<Acc> factors;
     find_factors(block, r, row, factors);
-    sweep<false>(block, WriteGradient<T, Cap, E, Targets>{at.x, cap, e, targets_of(at), factors, at.dx});
+    sweep<false>(block, WriteGradient<T, Cap, E, Targets>{{at.x, cap}, e, targets_of(at), factors, at.dx});
     clear_ignored(block, r, at);
   }
 };
