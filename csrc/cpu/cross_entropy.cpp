@@ -4,7 +4,6 @@
 // the loss and, from a buffer that stays there, the gradient are made: of several rows at a time, which are blocks.
 // Rows are independent, and it does not matter to them how they are taken together, so the result does not depend on
 // the number of threads.
-#include <atomic>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
@@ -19,7 +18,6 @@ namespace {
 
 constexpr int64_t kLongRow = 128;      // so many classes are worth the merging of lanes
 constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many elements stay in a near cache
-constexpr int64_t kParts = 4;          // of what is left, for each task
 constexpr int64_t kStackSteps = 256;   // of a task's scratch, up to which it is on its stack
 
 // Throws where a target is out of bounds: later, inside parallel_for, nothing may.
@@ -71,10 +69,7 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
   const int64_t buffer_steps = steps * (long_rows ? 2 * long_rows_at_once : 1);  // of a block and the one before
   const int64_t gatherings = gathered ? (all.y ? 4 : 2) : 0;                     // x, dx, y, dy
   const int64_t scratch_steps = buffer_steps + gatherings * C;
-  // A task takes a part of what is left, until that is nothing: one that starts late, or whose processor is busy, does
-  // less, and one alone would do it all. The parts get smaller, so that all tasks end together.
-  const int64_t rows_at_once = long_rows ? long_rows_at_once : kLanes;
-  std::atomic<int64_t> next{0};
+  Shares shares(R, long_rows ? long_rows_at_once : kLanes, tasks);
   // Small scratch is on the stack: for a block of 1 KiB or more malloc tidies up what it keeps for small ones.
   const bool on_stack = scratch_steps <= kStackSteps;
   const std::unique_ptr<Step<Acc>[]> scratch(on_stack ? nullptr : new Step<Acc>[tasks * scratch_steps]);
@@ -87,10 +82,8 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
     Acc* buffer = take(buffer_steps);
     T *x = gathering(true), *y = gathering(all.y), *dx = gathering(all.dx), *dy = gathering(all.dy);
     const Elements<T> in_cache{x, y, dx, dy};
-    for (int64_t r = 0; r < R;) {
-      const int64_t end = std::min(R, r + ceil_div(R - r, kParts * tasks * rows_at_once) * rows_at_once);
-      if (!next.compare_exchange_weak(r, end)) continue;  // r is now where another task has taken a part from
-      for (int64_t count; r < end; r += count) {
+    shares.take_parts(task, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin, count; r < end; r += count) {
         if (long_rows) {
           const int64_t at_once = std::min(long_rows_at_once, end - r), blocks = (end - r) / at_once;
           f.blocks(Block<false>{C, at_once, D}, blocks, r, all.from(rows.start(r)), buffer);
@@ -107,7 +100,7 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
           f.block(Block<true>{C, count, D}, r, all.from(rows.start(r)), buffer);
         }
       }
-    }
+    });
   });
 }
 
