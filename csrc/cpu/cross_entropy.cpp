@@ -7,7 +7,6 @@
 #include <memory>
 #include <numeric>
 #include <stdexcept>
-#include <utility>
 #include <vector>
 
 #include "cross_entropy_loss.h"
@@ -54,41 +53,58 @@ void scatter(const Rows& rows, int64_t r, int64_t count, const T* side_by_side, 
   for_places(rows, r, count, [=](int64_t place, int64_t beside) { x[place] = side_by_side[beside]; });
 }
 
-// Calls f.block(block, its first row, its elements, a buffer for its steps) until all rows are done. A block is a few
-// long rows, of which f.blocks takes several, or rows that lie side by side, or that are gathered to do so.
-template <typename T, typename F>
-void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
-  using Acc = accumulate_t<T>;
-  const int64_t C = rows.C, D = rows.D, R = rows.R;
-  const bool long_rows = D == 1 && C >= kLongRow, gathered = !long_rows && D < kLanes;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t tasks = std::clamp<int64_t>(ceil_div(R * C, kElementsPerTask), 1, threads);
-  const int64_t steps = long_rows ? ceil_div(C, kLanes) : C;
-  const int64_t long_rows_at_once =
-      std::clamp<int64_t>(kBufferSize / (std::max<int64_t>(1, steps) * kLanes), 1, kLanes);
-  const int64_t buffer_steps = steps * (long_rows ? 2 * long_rows_at_once : 1);  // of a block and the one before
-  const int64_t gatherings = gathered ? (all.y ? 4 : 2) : 0;                     // x, dx, y, dy
-  const int64_t scratch_steps = buffer_steps + gatherings * C;
-  Shares shares(R, long_rows ? long_rows_at_once : kLanes, tasks);
+// Calls f(task, so many steps of scratch) in parallel.
+template <typename Acc, typename F>
+void in_tasks(int64_t tasks, int64_t steps, const F& f) {
   // Small scratch is on the stack: for a block of 1 KiB or more malloc tidies up what it keeps for small ones.
-  const bool on_stack = scratch_steps <= kStackSteps;
-  const std::unique_ptr<Step<Acc>[]> scratch(on_stack ? nullptr : new Step<Acc>[tasks * scratch_steps]);
-
+  const bool on_stack = steps <= kStackSteps;
+  const std::unique_ptr<Step<Acc>[]> scratch(on_stack ? nullptr : new Step<Acc>[tasks * steps]);
   parallel_for(0, tasks, 1, [&](int64_t task, int64_t) {
     Step<Acc> stack[kStackSteps];
-    Step<Acc>* free_steps = on_stack ? stack : scratch.get() + task * scratch_steps;
-    const auto take = [&](int64_t count) { return std::exchange(free_steps, free_steps + count)->lanes; };
-    const auto gathering = [&](bool needed) { return gathered && needed ? reinterpret_cast<T*>(take(C)) : nullptr; };
-    Acc* buffer = take(buffer_steps);
-    T *x = gathering(true), *y = gathering(all.y), *dx = gathering(all.dx), *dy = gathering(all.dy);
+    f(task, on_stack ? stack : scratch.get() + task * steps);
+  });
+}
+
+// Rows one after another, a few of which are a block: f.blocks(block, a function that takes full ones and returns the
+// first row of each, all elements, a buffer for the steps of two), and for the rows that are left f.block as below.
+template <typename T, typename F>
+void for_long_rows(const Rows& rows, int64_t tasks, const Elements<T>& all, const F& f) {
+  using Acc = accumulate_t<T>;
+  const int64_t C = rows.C, R = rows.R;
+  const int64_t at_once = std::clamp<int64_t>(kBufferSize / (ceil_div(C, kLanes) * kLanes), 1, kLanes);
+  const Block<false> full{C, at_once, 1}, rest{C, R % at_once, 1};
+  const int64_t first_of_rest = R - rest.rows;
+  Shares shares(first_of_rest, at_once, tasks);
+
+  in_tasks<Acc>(tasks, 2 * at_once * full.steps(), [&](int64_t task, Step<Acc>* scratch) {
+    f.blocks(full, shares.taker(task), all, scratch->lanes);
+    if (rest.rows && task == 0) f.block(rest, first_of_rest, all.from(rows.start(first_of_rest)), scratch->lanes);
+  });
+}
+
+// Rows that lie side by side, or are gathered to do so: f.block(block, its first row, its elements, a buffer for its
+// steps).
+template <typename T, typename F>
+void for_rows_side_by_side(const Rows& rows, int64_t tasks, const Elements<T>& all, const F& f) {
+  using Acc = accumulate_t<T>;
+  const int64_t C = rows.C, D = rows.D, R = rows.R;
+  const bool gathered = D < kLanes;
+  const int64_t gatherings = gathered ? (all.y ? 4 : 2) : 0;  // x, dx, y, dy
+  const int64_t of_piece = ceil_div(kBufferSize, std::max<int64_t>(1, C) * kLanes) * kLanes;
+  Shares shares(R, of_piece, tasks);
+
+  in_tasks<Acc>(tasks, C * (1 + gatherings), [&](int64_t task, Step<Acc>* scratch) {
+    const auto gathering = [&](int64_t i, bool needed) {
+      return gathered && needed ? reinterpret_cast<T*>(scratch[i * C].lanes) : nullptr;
+    };
+    T *x = gathering(1, true), *dx = gathering(2, all.dx), *y = gathering(3, all.y), *dy = gathering(4, all.dy);
     const Elements<T> in_cache{x, y, dx, dy};
-    shares.take_parts(task, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin, count; r < end; r += count) {
-        if (long_rows) {
-          const int64_t at_once = std::min(long_rows_at_once, end - r), blocks = (end - r) / at_once;
-          f.blocks(Block<false>{C, at_once, D}, blocks, r, all.from(rows.start(r)), buffer);
-          count = blocks * at_once;
-        } else if (gathered) {
+    Acc* buffer = scratch->lanes;
+    auto take = shares.taker(task);
+    while (const auto first = take()) {
+      const int64_t end = std::min(R, *first + of_piece);
+      for (int64_t r = *first, count; r < end; r += count) {
+        if (gathered) {
           count = std::min(kLanes, end - r);
           gather(rows, r, count, all.x, x);
           if (all.y) gather(rows, r, count, all.y, y);
@@ -100,8 +116,19 @@ void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
           f.block(Block<true>{C, count, D}, r, all.from(rows.start(r)), buffer);
         }
       }
-    });
+    }
   });
+}
+
+// f of all rows, in blocks.
+template <typename T, typename F>
+void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t tasks = std::clamp<int64_t>(ceil_div(rows.R * rows.C, kElementsPerTask), 1, threads);
+  if (rows.D == 1 && rows.C >= kLongRow)
+    for_long_rows<T>(rows, tasks, all, f);
+  else
+    for_rows_side_by_side<T>(rows, tasks, all, f);
 }
 
 // Calls f with the BlockLoss of the rows.
@@ -116,12 +143,11 @@ const T* probabilities_or_null(const Rows& rows) {
   return rows.probabilities ? rows.target.const_data_ptr<T>() : nullptr;
 }
 
-// pass.block of each of so many blocks that follow each other.
-template <typename Pass, typename T>
-void one_by_one(const Pass& pass, const Block<false>& block, int64_t blocks, int64_t r, const Elements<T>& at,
+// pass.block of each block that `take` returns the first row of.
+template <typename Pass, typename Take, typename T>
+void one_by_one(const Pass& pass, const Block<false>& block, Take take, const Elements<T>& all,
                 accumulate_t<T>* buffer) {
-  for (int64_t i = 0; i < blocks; ++i)
-    pass.block(block, r + i * block.rows, at.from(block.start(i * block.rows)), buffer);
+  while (const auto r = take()) pass.block(block, *r, all.from(block.start(*r)), buffer);
 }
 
 // The gradients of rows from dlosses, m and log_z.
@@ -144,8 +170,9 @@ struct BackwardPass {
     loss.backward(block, r, at, row, buffer);
   }
 
-  void blocks(const Block<false>& of, int64_t blocks, int64_t r, const Elements<T>& at, Acc* buffer) const {
-    one_by_one(*this, of, blocks, r, at, buffer);
+  template <typename Take>
+  void blocks(const Block<false>& of, Take take, const Elements<T>& all, Acc* buffer) const {
+    one_by_one(*this, of, take, all, buffer);
   }
 };
 
@@ -166,10 +193,11 @@ struct ForwardPass {
     std::copy_n(row.log_z, block.rows, log_z + r);
   }
 
-  void blocks(const Block<false>& of, int64_t blocks, int64_t r, const Elements<T>& at, Acc* buffer) const {
+  template <typename Take>
+  void blocks(const Block<false>& of, Take take, const Elements<T>& all, Acc* buffer) const {
     if constexpr (Loss::kInOneSweep)  // but for rows that leave the cache, which wait for memory in any case
-      if (at.dx && of.rows > 1) return loss.forward_in_one_sweep(of, blocks, r, at, g, buffer, losses + r);
-    one_by_one(*this, of, blocks, r, at, buffer);
+      if (all.dx && of.rows > 1) return loss.forward_in_one_sweep(of, take, all, g, buffer, losses);
+    one_by_one(*this, of, take, all, buffer);
   }
 };
 

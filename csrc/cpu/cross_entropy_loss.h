@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "cross_entropy_jobs.h"
@@ -79,42 +80,46 @@ struct BlockLoss {
     if (at.dx) logits_gradient(block, r, at, Exponentials<Acc>{buffer}, row);
   }
 
-  // The forward pass of blocks that follow each other, with their gradients: a sweep for each. While the processor has
-  // the exponentials to work out, memory takes the gradient of the block before and brings the block after, whose
-  // maxima are found. Only where a gradient is the same to the last bit in every sweep: that is, has one product.
+  // The forward pass, with their gradients, of the blocks that `take` returns the first rows of: a sweep for each.
+  // While the processor has the exponentials to work out, memory takes the gradient of the block before and brings the
+  // block after, whose maxima are found. Only where a gradient is the same to the last bit in every sweep: that is, has
+  // one product.
   static constexpr bool kInOneSweep = !Targets::kDense && !Cap::kCapped;
 
-  void forward_in_one_sweep(const Block<false>& block, int64_t blocks, int64_t r, Elements<T> at, Acc g, Acc* buffer,
+  template <typename Take>
+  void forward_in_one_sweep(const Block<false>& block, Take take, const Elements<T>& all, Acc g, Acc* buffer,
                             Acc* losses) const {
-    const int64_t size = block.rows * block.C;
     Acc *e = buffer, *e_before = buffer + block.first_step(block.rows);
     RowValues<Acc> row;
     Factors<Acc> factors;
     Lanes<Acc> z, distance, next_m;
-    const auto gradient_before = [&] {
-      return WriteGradient<T, Cap, Exponentials<Acc>, Targets>{
-          {at.x - size, cap}, {e_before}, targets, factors, at.dx - size};
-    };
     std::fill_n(row.g, block.rows, g);
-    sweep<true>(block, FindMaxima<T, Cap>{{at.x, cap}, next_m});
-    for (int64_t i = 0; i < blocks; ++i) {
+    const auto from = [&](int64_t r) { return all.from(block.start(r)); };
+    const auto maxima = [&](int64_t r) { return FindMaxima<T, Cap>{{from(r).x, cap}, next_m}; };
+    const auto gradient = [&](int64_t r) {
+      return WriteGradient<T, Cap, Exponentials<Acc>, Targets>{
+          {from(r).x, cap}, {e_before}, targets, factors, from(r).dx};
+    };
+    std::optional<int64_t> before, r = take();
+    if (r) sweep<true>(block, maxima(*r));
+    while (r) {
       std::copy_n(next_m, block.rows, row.m);
-      const Exponentiate<true, T, Cap, Targets> exponentiate{{at.x, cap}, targets, row.m, e, z, distance};
-      const T* next = i + 1 < blocks ? at.x + size : at.x;  // what it finds in the last one is not used
-      const FindMaxima<T, Cap> find_maxima{{next, cap}, next_m};
-      if (i == 0)
-        sweep<true>(block, exponentiate, find_maxima);
+      const Exponentiate<true, T, Cap, Targets> exponentiate{{from(*r).x, cap}, targets, row.m, e, z, distance};
+      const std::optional<int64_t> next = take();
+      const FindMaxima<T, Cap> find_maxima = maxima(next.value_or(*r));  // after the last one they are not used
+      if (before)
+        sweep<true>(block, gradient(*before), exponentiate, find_maxima);
       else
-        sweep<true>(block, gradient_before(), exponentiate, find_maxima);
-      finish_losses(block, r, at, row, z, distance, losses);
-      find_factors(block, r, row, factors);
-      at = at.from(size);
-      r += block.rows;
-      losses += block.rows;
+        sweep<true>(block, exponentiate, find_maxima);
+      if (before) clear_ignored(block, *before, from(*before));
+      finish_losses(block, *r, from(*r), row, z, distance, losses + *r);
+      find_factors(block, *r, row, factors);
       std::swap(e, e_before);
+      before = std::exchange(r, next);
     }
-    sweep<true>(block, gradient_before());
-    for (int64_t i = 1; i <= blocks; ++i) clear_ignored(block, r - i * block.rows, at.from(-i * size));
+    if (!before) return;
+    sweep<true>(block, gradient(*before));
+    clear_ignored(block, *before, from(*before));
   }
 
   // From the sums of a block's rows, their losses.

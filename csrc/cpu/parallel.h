@@ -3,9 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace fused_ops {
@@ -25,43 +25,38 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
     f(begin, end);
 }
 
-// Items that tasks have a share of each, the same in every call: what a task has written last time is in the cache of
-// its processor. It takes parts of it, and then of what the others have left, so one that starts late, or whose
-// processor is busy, does less, and one alone would do it all. The parts get smaller, so that all end together.
+// Items of which each of several tasks has a share, the same in every call: what a task has written last time is in the
+// cache of its processor. It takes that, piece by piece, and then what the others have left, so one that starts late,
+// or whose processor is busy, does less, and one alone would do it all.
 class Shares {
  public:
-  // Parts are multiples of so many items at once, but for the last.
-  Shares(int64_t items, int64_t at_once, int64_t tasks) : at_once_(at_once), shares_(tasks) {
-    const int64_t of_each = ceil_div(items, tasks * at_once) * at_once;
+  // A piece has so many items, but for the last of all.
+  Shares(int64_t items, int64_t of_piece, int64_t tasks) : of_piece_(of_piece), shares_(tasks) {
+    const int64_t pieces = ceil_div(items, of_piece);
     for (int64_t task = 0; task < tasks; ++task) {
-      shares_[task].next = std::min(items, task * of_each);
-      shares_[task].end = std::min(items, (task + 1) * of_each);
+      shares_[task].next = pieces * task / tasks;
+      shares_[task].end = pieces * (task + 1) / tasks;
     }
   }
 
-  // f(begin, end) for every part that this task takes.
-  template <typename F>
-  void take_parts(int64_t task, const F& f) {
-    for (size_t i = 0; i < shares_.size(); ++i) {
-      Share& share = shares_[(task + i) % shares_.size()];
-      for (int64_t begin = share.next; begin < share.end;) {
-        const int64_t end = std::min(share.end, begin + ceil_div(share.end - begin, kParts * at_once_) * at_once_);
-        if (!share.next.compare_exchange_weak(begin, end))
-          continue;  // begin is now where another has taken a part from
-        f(begin, end);
-        begin = share.next;
+  // A function that takes a piece for this task and returns its first item, or nothing when all are taken.
+  auto taker(int64_t task) {
+    return [this, task, empty = size_t{0}]() mutable -> std::optional<int64_t> {
+      for (; empty < shares_.size(); ++empty) {
+        Share& share = shares_[(task + empty) % shares_.size()];
+        const int64_t piece = share.next++;
+        if (piece < share.end) return piece * of_piece_;
       }
-    }
+      return std::nullopt;
+    };
   }
 
  private:
-  static constexpr int64_t kParts = 4;  // of what is left of a share
-
   struct Share {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  int64_t at_once_;
+  int64_t of_piece_;
   std::vector<Share> shares_;
 };
 
