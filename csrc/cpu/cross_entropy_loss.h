@@ -101,23 +101,24 @@ struct BlockLoss {
           {from(r).x, cap}, {e_before}, targets, factors, from(r).dx};
     };
     std::optional<int64_t> before, r = take();
-    if (r) sweep<true>(block, maxima(*r));
+    if (!r) return;
+    sweep<true>(block, maxima(*r));
     while (r) {
       std::copy_n(next_m, block.rows, row.m);
       const Exponentiate<true, T, Cap, Targets> exponentiate{{from(*r).x, cap}, targets, row.m, e, z, distance};
       const std::optional<int64_t> next = take();
       const FindMaxima<T, Cap> find_maxima = maxima(next.value_or(*r));  // after the last one they are not used
-      if (before)
+      if (before) {
         sweep<true>(block, gradient(*before), exponentiate, find_maxima);
-      else
+        clear_ignored(block, *before, from(*before));
+      } else {
         sweep<true>(block, exponentiate, find_maxima);
-      if (before) clear_ignored(block, *before, from(*before));
+      }
       finish_losses(block, *r, from(*r), row, z, distance, losses + *r);
       find_factors(block, *r, row, factors);
       std::swap(e, e_before);
       before = std::exchange(r, next);
     }
-    if (!before) return;
     sweep<true>(block, gradient(*before));
     clear_ignored(block, *before, from(*before));
   }
