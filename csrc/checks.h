@@ -66,7 +66,7 @@ inline Tensor as_type(const Tensor& t, ScalarType type) {
 // The new values of t, which lie in `values`, or in t itself. Through PyTorch's copy_ in any case: it takes any strides
 // and dtype, and tells autograd that the values are new.
 inline void copy_back(const Tensor& t, const Tensor& values) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(t.get(), values.get(), /*non_blocking=*/0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(t.get(), values.get(), /*non_blocking=*/0));
 }
 
 }  // namespace fused_ops

@@ -15,9 +15,9 @@ namespace fused_ops {
 inline Tensor empty_strided(const Tensor& beside, int64_t dim, const int64_t* sizes, const int64_t* strides,
                             ScalarType type) {
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type), device_type,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type), device_type,
                                                          beside.get_device_index(), &made));
   return Tensor(made);
 }

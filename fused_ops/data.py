@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-DEFAULT_PATH = Path(__file__).parents[1] / "data" / "names.txt"
+DEFAULT_PATH = Path(__file__).with_name("names.txt")  # in the package, to be installed with it; see data/README.md
 END = "."  # stands before a name's first character and after its last; index 0
 
 

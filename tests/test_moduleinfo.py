@@ -219,5 +219,7 @@ def test_error_inputs(entry, device, training, tally):
             raised.append(caught.type)
         assert raised[0] is raised[1]
 
+    if entry.module_error_inputs_func is None:
+        pytest.skip(f"torch {torch.__version__} has no error inputs of {entry.name}")
     errors = entry.module_error_inputs_func(entry, device, torch.float32, requires_grad=False, training=training)
     tally.try_all("ModuleInfo", label(entry, device), ["errors"], ((e.error_regex, e) for e in errors), check)
