@@ -1,5 +1,6 @@
 # make train        set everything up and train on the shipped names     make train ARGS="--steps 2000 --backward steps"
 # make test         set everything up and run the tests                  make test ARGS="-k cross_entropy"
+# make test-other   run them on the same kernels with another torch       make test-other OTHER=torch==2.10.0
 # make test-cuda    run the tests of CUDA, on a card                     make clean test-cuda TORCH=torch
 # make sanitize     run some of them under compute-sanitizer             make sanitize
 # make memory       measure the peak memory of linear cross-entropy     make memory ARGS="--rows 512 --dtype bfloat16"
@@ -14,6 +15,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The oldest that is supported.
+OTHER ?= torch==2.10.0
 LINTERS := clang-format==22.1.8 ruff==0.15.21
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
@@ -22,7 +25,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed-$(if $(filter 0,$(FUSED_OPS_BUILD)),references,kernels)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: train test test-cuda sanitize card memory bench lint docs cuda-report clean
+.PHONY: train test test-other test-cuda sanitize card memory bench lint docs cuda-report clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -30,6 +33,13 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n auto $(ARGS)
+
+# One library serves every torch from the oldest on: the kernels stay as they were built.
+test-other: $(INSTALLED)
+	$(PYTHON) -m venv --clear $(VENV)-other
+	$(VENV)-other/bin/pip install --quiet "$(OTHER)" "setuptools>=77"
+	FUSED_OPS_BUILD=0 $(VENV)-other/bin/pip install --quiet --no-build-isolation --editable ".[test]"
+	$(VENV)-other/bin/python -m pytest -n auto $(ARGS)
 
 test-cuda: card
 	$(VENV)/bin/python -m pytest -n auto -k cuda $(ARGS)
@@ -62,7 +72,7 @@ cuda-report: $(INSTALLED)
 	$(VENV)/bin/python docs/cuda_report.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info fused_ops/*.so
+	rm -rf $(VENV) $(VENV)-other build *.egg-info fused_ops/*.so
 
 # torch comes first and alone, so that no later step chooses another build of it.
 $(VENV)/torch: Makefile

@@ -18,7 +18,7 @@ inline Tensor empty_strided(const Tensor& beside, int64_t dim, const int64_t* si
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, static_cast<int32_t>(type), device_type,
-                                                         beside.get_device_index(), &made));
+                                                  beside.get_device_index(), &made));
   return Tensor(made);
 }
 

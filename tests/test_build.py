@@ -1,14 +1,21 @@
 """What the installation does with and without a compiler, and what the package says of kernels that it hasn't got."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils import cpp_extension
+
+import fused_ops
 
 ROOT = Path(__file__).parents[1]
+NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 
 
 @pytest.fixture
@@ -27,8 +34,8 @@ def build(sources, **environment):
     return subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, check=False)
 
 
-def libraries(sources):
-    return [path.name for path in (sources / "fused_ops").glob("*.so")]
+def libraries(sources, name="*"):
+    return [path.name for path in (sources / "fused_ops").glob(f"{name}.*so")]
 
 
 @pytest.mark.parametrize("environment", [{"FUSED_OPS_BUILD": "0"}, {"CXX": "no-such-compiler"}], ids=str)
@@ -39,12 +46,14 @@ def test_without_a_compiler_nothing_is_built_and_nothing_fails(environment, sour
     assert ("no C++ compiler (no-such-compiler) found" in result.stderr) == ("CXX" in environment)
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+@NEEDS_COMPILER
 def test_a_failed_build_is_reported(sources):
-    (sources / "csrc" / "cpu" / "batch_norm.cpp").write_text("#error broken on purpose\n")
+    for source in (sources / "csrc" / "cpu").glob("*.cpp"):
+        source.write_text("#error broken on purpose\n")  # all of them, for the build waits for those that compile
     result = build(sources)
     assert result.returncode != 0
-    assert "broken on purpose" in result.stdout + result.stderr
+    reasons = "broken on purpose", "CUDA version"  # the latter before any compiler runs, if nvcc's is not that of torch
+    assert any(reason in result.stdout + result.stderr for reason in reasons)
     assert libraries(sources) == []
 
 
@@ -63,3 +72,19 @@ def test_an_import_without_kernels_warns_and_works(library, sources):
     assert has_kernels == "False"
     assert float(loss) == pytest.approx(1.3862944)
     assert ("could not load its kernels" if library else "without compiled kernels") in result.stderr
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason="needs a torch with CUDA, with or without a card")
+@pytest.mark.skipif(not libraries(ROOT, "_C_cuda"), reason="needs the CUDA kernels: nvcc was not found")
+def test_the_cuda_kernels_load_without_a_card():
+    assert fused_ops.has_kernels("cuda")
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda path: path.name)
+def test_sources_compile_with_the_headers_of_this_torch(source):
+    """Which need not be the torch that the kernels were built with."""
+    include = [f"-I{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
+    command = ["c++", *runpy.run_path(str(ROOT / "setup.py"))["CXX"], *include, "-fsyntax-only", str(source)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
