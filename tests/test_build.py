@@ -15,6 +15,7 @@ from torch.utils import cpp_extension
 import fused_ops
 
 ROOT = Path(__file__).parents[1]
+IN_PLACE = "build_ext", "--inplace"
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 
 
@@ -28,9 +29,9 @@ def sources(tmp_path):
     return tmp_path
 
 
-def build(sources, **environment):
+def build(sources, *command, **environment):
     environment = {**os.environ, "FUSED_OPS_BUILD": "1", **environment}
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    command = [sys.executable, "setup.py", "-q", *command]
     return subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -40,17 +41,27 @@ def libraries(sources, name="*"):
 
 @pytest.mark.parametrize("environment", [{"FUSED_OPS_BUILD": "0"}, {"CXX": "no-such-compiler"}], ids=str)
 def test_without_a_compiler_nothing_is_built_and_nothing_fails(environment, sources):
-    result = build(sources, **environment)
+    result = build(sources, *IN_PLACE, **environment)
     assert result.returncode == 0, result.stderr
     assert libraries(sources) == []
     assert ("no C++ compiler (no-such-compiler) found" in result.stderr) == ("CXX" in environment)
+
+
+def test_what_is_installed_has_all_that_it_needs(sources):
+    build(sources, "build_py", FUSED_OPS_BUILD="0")
+    (built,) = (sources / "build").glob("lib*")
+    environment = {**os.environ, "FUSED_OPS_BUILD": "0", "PYTHONPATH": str(built)}
+    command = [sys.executable, "-m", "fused_ops.compare"]
+    result = subprocess.run(command, cwd=built, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "maxdiff" in result.stdout
 
 
 @NEEDS_COMPILER
 def test_a_failed_build_is_reported(sources):
     for source in (sources / "csrc" / "cpu").glob("*.cpp"):
         source.write_text("#error broken on purpose\n")  # all of them, for the build waits for those that compile
-    result = build(sources)
+    result = build(sources, *IN_PLACE)
     assert result.returncode != 0
     reasons = "broken on purpose", "CUDA version"  # the latter before any compiler runs, if nvcc's is not that of torch
     assert any(reason in result.stdout + result.stderr for reason in reasons)
