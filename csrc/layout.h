@@ -55,6 +55,13 @@ inline Tensor dense(const Tensor& x, bool channels_last) {
   return torch::stable::copy_(copied, x);
 }
 
+// stats = (μ, r) of C channels, without gaps: stats itself where it is so.
+inline Tensor dense_stats(const Tensor& stats, int64_t C, ScalarType type) {
+  STD_TORCH_CHECK(stats.dim() == 2 && stats.size(0) == 2 && stats.size(1) == C && stats.scalar_type() == type,
+                  "stats should be (2, C), of the right dtype");
+  return as_contiguous(stats);
+}
+
 // t, which has the shape and dtype of input, in its layout.
 inline Tensor in_layout_of(const Tensor& input, bool channels_last, const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == input.dim() && t.scalar_type() == input.scalar_type(), name,

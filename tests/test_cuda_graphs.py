@@ -27,9 +27,9 @@ def test_batch_norm_in_a_cuda_graph(N):
 
     def passes(forward, backward):
         running_mean, running_var = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
-        y, mean, rstd = forward(x, running_mean, running_var, weight, bias, True, 0.1, 1e-5, "silu", None)
-        gradients = backward(dy, x, weight, bias, None, mean, rstd, True, 1e-5, "silu", True, True, False)
-        return y, mean, rstd, running_mean, running_var, *gradients
+        y, stats = forward(x, running_mean, running_var, weight, bias, True, 0.1, 1e-5, "silu", None)
+        gradients = backward(dy, x, weight, bias, None, stats, True, 1e-5, "silu", True, True, False)
+        return y, stats, running_mean, running_var, *gradients
 
     ops = torch.ops.fused_ops.batch_norm_forward.default, torch.ops.fused_ops.batch_norm_backward.default
     expected = passes(*ops)

@@ -237,16 +237,16 @@ def test_code(activation, training):
     saved = rows(x), vector(γ), vector(β), rows(residual)
     running = (None, None) if training else (vector(f["μ"]), vector(f["σ2"]))
     forward = saved[0], *running, *saved[1:3], training, 0.1, n.of(ε).item(), activation, saved[3]
-    y, mean, rstd = bn.batch_norm_forward(*forward)
+    y, stats = bn.batch_norm_forward(*forward)
     n.assert_close(y, f["y"])
 
     options = training, n.of(ε).item(), activation
-    dx, dγ, dβ, dresidual = bn.batch_norm_backward(rows(dy), *saved, mean, rstd, *options, True, True, True)
+    dx, dγ, dβ, dresidual = bn.batch_norm_backward(rows(dy), *saved, stats, *options, True, True, True)
     for actual, name in zip((dx, dγ, dβ), ("dx", "dγ", "dβ"), strict=True):
         n.assert_close(actual, f[name])
     n.assert_close(rows(dy) if activation is None else dresidual, f["dresidual"])
 
-    point = bn2.Point(*saved, mean, rstd, *options)
+    point = bn2.Point(*saved, stats, *options)
     dy_t, *moves = rows(MOVES["dy_t"]), rows(MOVES["x_t"]), vector(MOVES["γ_t"]), vector(MOVES["β_t"])
     moves.append(rows(MOVES["residual_t"]))
     n.assert_close(bn2.output_along(point, *moves), f["y_t"])

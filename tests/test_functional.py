@@ -110,7 +110,7 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
     if not fused_ops.has_kernels("cpu"):
         return  # the references are made of torch's ops, which check for themselves
     ops = torch.ops.fused_ops
-    stats, scalar = torch.zeros(2, 2), torch.tensor(1.0)
+    stats, of_channels, scalar = torch.zeros(2, 2), torch.zeros(2, 3), torch.tensor(1.0)
     options = -100, "mean", 0.0, 0.0, None
     backward, square = (*options, True, False), torch.tensor([0, 1, 0])
     needed = True, 1e-5, "tanh", True, True, True
@@ -145,11 +145,11 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
         (ops.batch_norm_forward, (X, None, None, None, None, True, 0.1, 1e-5, "softplus", None)),
         (ops.batch_norm_forward, (X, None, None, None, None, True, 0.1, 1e-5, None, X[:2])),
         (ops.batch_norm_forward, (X, None, None, None, None, True, 0.1, 1e-5, None, X.double())),
-        (ops.batch_norm_backward, (X[:2], X, None, None, None, X[0], X[0], *needed)),
-        (ops.batch_norm_backward, (X, X, None, None, None, X[0, :2], X[0], *needed)),
-        (ops.batch_norm_backward, (X.double(), X, None, None, None, X[0], X[0], *needed)),
-        (ops.batch_norm_backward, (X, X, None, X[0, :2], None, X[0], X[0], *needed)),
-        (ops.batch_norm_backward, (X, X, None, None, X[:2], X[0], X[0], *needed)),
+        (ops.batch_norm_backward, (X[:2], X, None, None, None, of_channels, *needed)),
+        (ops.batch_norm_backward, (X, X, None, None, None, of_channels[:, :2], *needed)),
+        (ops.batch_norm_backward, (X.double(), X, None, None, None, of_channels, *needed)),
+        (ops.batch_norm_backward, (X, X, None, X[0, :2], None, of_channels, *needed)),
+        (ops.batch_norm_backward, (X, X, None, None, X[:2], of_channels, *needed)),
     ]
     for op, arguments in calls:
         with pytest.raises(RuntimeError):
@@ -174,7 +174,7 @@ NEEDS = list(itertools.product((True, False), repeat=3))
 def test_batch_norm_backward_does_what_is_asked_for(training, activation):
     """Each gradient is the same whatever else is asked for; what is not comes back empty, from kernel and reference."""
     op = torch.ops.fused_ops.batch_norm_backward.default
-    args = X.cos(), X, X[0], X[1], X.sin(), *STATISTICS, training, 1e-5, activation
+    args = X.cos(), X, X[0], X[1], X.sin(), torch.stack(STATISTICS), training, 1e-5, activation
     everything = op(*args, True, True, True)
     for run, needs in itertools.product((op, REFERENCES[op]), NEEDS):
         needs_input, needs_parameters, needs_residual = needs

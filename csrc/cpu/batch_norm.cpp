@@ -149,11 +149,10 @@ void move(Acc* running, const Acc* batch, Acc momentum, int64_t c_begin, int64_t
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor> running_mean,
-                                                      std::optional<Tensor> running_var, std::optional<Tensor> weight,
-                                                      std::optional<Tensor> bias, bool training, double momentum,
-                                                      double eps, std::optional<Name> activation,
-                                                      std::optional<Tensor> residual) {
+std::tuple<Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor> running_mean,
+                                              std::optional<Tensor> running_var, std::optional<Tensor> weight,
+                                              std::optional<Tensor> bias, bool training, double momentum, double eps,
+                                              std::optional<Name> activation, std::optional<Tensor> residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
   STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics must be defined in evaluation mode");
   const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
@@ -168,14 +167,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
   const auto running_mean_c = channel_vector(running_mean, C, acc_type, "running_mean");
   const auto running_var_c = channel_vector(running_var, C, acc_type, "running_var");
   Tensor y = on_huge_pages(empty_like_dense(input));
-  Tensor mean_out = empty_beside(input, {C}, acc_type), rstd_out = empty_beside(input, {C}, acc_type);
+  Tensor stats = empty_beside(input, {2, C}, acc_type);
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
     using Acc = accumulate_t<T>;
     const T* x = input.const_data_ptr<T>();
     T* out = y.mutable_data_ptr<T>();
-    Acc *mean = mean_out.mutable_data_ptr<Acc>(), *rstd = rstd_out.mutable_data_ptr<Acc>();
+    Acc *mean = stats.mutable_data_ptr<Acc>(), *rstd = mean + C;
     const Acc *gamma = data_or_null<Acc>(weight_c), *beta = data_or_null<Acc>(bias_c);
     Acc* running_means = running_mean_c ? running_mean_c->mutable_data_ptr<Acc>() : nullptr;
     Acc* running_vars = running_var_c ? running_var_c->mutable_data_ptr<Acc>() : nullptr;
@@ -213,15 +212,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
   });
   if (training && N > 0 && running_mean) copy_back(*running_mean, *running_mean_c);
   if (training && N > 0 && running_var) copy_back(*running_var, *running_var_c);
-  return {y, mean_out, rstd_out};
+  return {y, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
                                                                std::optional<Tensor> bias,
-                                                               std::optional<Tensor> residual, Tensor mean_in,
-                                                               Tensor rstd_in, bool training, double,
-                                                               std::optional<Name> activation, bool needs_input,
-                                                               bool needs_parameters, bool needs_residual) {
+                                                               std::optional<Tensor> residual, Tensor stats,
+                                                               bool training, double, std::optional<Name> activation,
+                                                               bool needs_input, bool needs_parameters,
+                                                               bool needs_residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
   const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
   input = dense(input, channels_last);
@@ -234,8 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
   const auto acc_type = accumulate_type(input.scalar_type());
   const auto weight_c = channel_vector(weight, C, acc_type, "weight");
   const auto bias_c = channel_vector(bias, C, acc_type, "bias");
-  const Tensor mean_c = channel_vector(mean_in, C, acc_type, "mean");
-  const Tensor rstd_c = channel_vector(rstd_in, C, acc_type, "rstd");
+  stats = dense_stats(stats, C, acc_type);
 
   // what is not needed comes back empty
   needs_residual = needs_residual && activation;  // without an activation it is dy
@@ -250,11 +248,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
     const T* g = dy.const_data_ptr<T>();
     T* dx = needs_input ? dx_out.mutable_data_ptr<T>() : nullptr;
     T* dresidual = needs_residual ? dresidual_out.mutable_data_ptr<T>() : nullptr;
-    const Acc *rstd = rstd_c.const_data_ptr<Acc>(), *gamma = data_or_null<Acc>(weight_c),
-              *beta = data_or_null<Acc>(bias_c);
+    const Acc *mean = stats.const_data_ptr<Acc>(), *rstd = mean + C;
+    const Acc *gamma = data_or_null<Acc>(weight_c), *beta = data_or_null<Acc>(bias_c);
     std::vector<Acc> scale(C), zeros(beta ? 0 : C), dz_mean(C), slope(C);
     for (int64_t c = 0; c < C; ++c) scale[c] = gamma ? gamma[c] * rstd[c] : rstd[c];  // γ·r
-    const Acc* mean = mean_c.const_data_ptr<Acc>();
     const PreActivation<T> z{input.const_data_ptr<T>(), data_or_null<T>(residual), mean, scale.data(),
                              beta ? beta : zeros.data()};
     const Passes<T> passes = passes_with<T>(activation), passes_from_dz = passes_with<T>(std::nullopt);

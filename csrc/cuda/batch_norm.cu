@@ -285,16 +285,16 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor> running_mean,
-                                                      std::optional<Tensor> running_var, std::optional<Tensor> weight,
-                                                      std::optional<Tensor> bias, bool training, double momentum,
-                                                      double eps, std::optional<Name> activation,
-                                                      std::optional<Tensor> residual) {
+std::tuple<Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor> running_mean,
+                                              std::optional<Tensor> running_var, std::optional<Tensor> weight,
+                                              std::optional<Tensor> bias, bool training, double momentum, double eps,
+                                              std::optional<Name> activation, std::optional<Tensor> residual) {
   STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics must be defined in evaluation mode");
   const Batch batch(input);
   if (residual) residual = batch.alike(*residual, "residual");
-  Tensor y = batch.empty(), mean = batch.empty_vector(), rstd = batch.empty_vector();
-  if (batch.layout.channels == 0) return {y, mean, rstd};
+  const int64_t C = batch.layout.channels;
+  Tensor y = batch.empty(), stats = empty_beside(input, {2, C}, accumulate_type(input.scalar_type()));
+  if (C == 0) return {y, stats};
 
   dispatch_floating(input.scalar_type(), "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
@@ -306,8 +306,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
                                    static_cast<Acc>(1 - momentum),
                                    static_cast<Acc>(momentum),
                                    static_cast<Acc>(eps),
-                                   mean.mutable_data_ptr<Acc>(),
-                                   rstd.mutable_data_ptr<Acc>()};
+                                   stats.mutable_data_ptr<Acc>(),
+                                   stats.mutable_data_ptr<Acc>() + C};
     T* out = y.mutable_data_ptr<T>();
     dispatch_pack<T>(batch.layout, {terms.x, terms.residual, out}, [&](auto pack) {
       using P = decltype(pack);
@@ -316,25 +316,20 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_forward(Tensor input, std::optiona
   });
   for (const auto& running : {running_mean, running_var})
     if (running && training && input.numel() > 0) copy_back(*running, *running);
-  return {y, mean, rstd};
+  return {y, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
                                                                std::optional<Tensor> bias,
-                                                               std::optional<Tensor> residual, Tensor mean, Tensor rstd,
+                                                               std::optional<Tensor> residual, Tensor stats,
                                                                bool training, double, std::optional<Name> activation,
                                                                bool needs_input, bool needs_parameters,
                                                                bool needs_residual) {
   const Batch batch(input);
   dy = batch.alike(dy, "dy");
   if (residual) residual = batch.alike(*residual, "residual");
-  const auto acc_type = accumulate_type(input.scalar_type());
-  mean = as_contiguous(mean);
-  rstd = as_contiguous(rstd);
-  for (const auto& [statistic, name] : {std::pair(mean, "mean"), std::pair(rstd, "rstd")}) {
-    check_vector(statistic, batch.layout.channels, acc_type, name);
-    check_same_device(statistic, batch.input, name);
-  }
+  stats = dense_stats(stats, batch.layout.channels, accumulate_type(input.scalar_type()));
+  check_same_device(stats, batch.input, "stats");
 
   needs_residual = needs_residual && activation;  // without an activation it is dy
   Tensor dx = batch.empty(needs_input), dresidual = batch.empty(needs_residual);
@@ -348,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
     using Acc = accumulate_t<T>;
     const Terms<T> terms(batch, residual, weight, bias, activation);
     const T* g = dy.const_data_ptr<T>();
-    const Acc *mu = mean.const_data_ptr<Acc>(), *r = rstd.const_data_ptr<Acc>();
+    const Acc *mu = stats.const_data_ptr<Acc>(), *r = mu + batch.layout.channels;
     const Gradients<T> gradients{
         needs_input ? dx.mutable_data_ptr<T>() : nullptr, needs_residual ? dresidual.mutable_data_ptr<T>() : nullptr,
         needs_sums ? dweight.mutable_data_ptr<Acc>() : nullptr, needs_sums ? dbias.mutable_data_ptr<Acc>() : nullptr};

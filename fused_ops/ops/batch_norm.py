@@ -42,11 +42,11 @@ def batch_norm_forward(
     eps: float,
     activation: Optional[str],
     residual: Optional[Tensor],
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, Tensor]:
     """y = a(γ·(x − μ)·r + β + residual), r = (σ² + ε)^-½; in training running statistics move to μ and σ²·N/(N−1).
 
-    Returns y, of the shape and dtype of the input, contiguous (or channels_last where the input is); the mean μ and
-    rstd r, (C,), in the accumulate dtype. An empty batch leaves the running statistics as they are.
+    Returns y, of the shape and dtype of the input, contiguous (or channels_last where the input is); and
+    stats = (μ, r), (2, C), in the accumulate dtype. An empty batch leaves the running statistics as they are.
     """
     x = dense(input).to(accumulate_dtype(input.dtype))  # (N, C, ...)
     N = x.numel() // max(x.shape[1], 1)
@@ -59,13 +59,13 @@ def batch_norm_forward(
             unbiased_var = var * (N / (N - 1)) if N > 1 else var * float("nan")  # (C)
             running_var.copy_((1 - momentum) * running_var.to(x.dtype) + momentum * unbiased_var)
     else:
-        mean, var = running_mean.to(x.dtype, copy=True), running_var.to(x.dtype)  # (C)
+        mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)  # (C)
     rstd = (var + eps) ** -0.5  # (C)
 
     x_hat = (x - per_channel(mean, x)) * per_channel(rstd, x)  # (N, C, ...)
     z = pre_activation(x_hat, weight, bias, None if residual is None else in_layout_of(x, residual))  # (N, C, ...)
     y = z if activation is None else ACTIVATIONS[activation].value(z)  # (N, C, ...)
-    return y.to(input.dtype), mean, rstd
+    return y.to(input.dtype), torch.stack((mean, rstd))  # (N, C, ...), (2, C)
 
 
 def batch_norm_backward(
@@ -74,8 +74,7 @@ def batch_norm_backward(
     weight: Optional[Tensor],
     bias: Optional[Tensor],
     residual: Optional[Tensor],
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     training: bool,
     eps: float,
     activation: Optional[str],
@@ -103,6 +102,7 @@ def batch_norm_backward(
     Returns dx, of the shape, dtype and layout of y; dweight and dbias, (C,), in the accumulate dtype; and dresidual,
     like dx. What isn't needed comes back empty, (0,), and so does dresidual without an activation, which is dy.
     """
+    mean, rstd = stats  # (C), (C)
     x = dense(input).to(mean.dtype)  # (N, C, ...)
     dz = in_layout_of(x, dy).to(mean.dtype)  # (N, C, ...)
     sums = needs_parameters or (needs_input and training)
@@ -134,20 +134,20 @@ _backward = define(batch_norm_backward)
 
 
 class BatchNorm(torch.autograd.Function):
-    """Differentiable by input, weight, bias and residual. Its second and third outputs are for the backward pass."""
+    """Differentiable by input, weight, bias and residual. Its second output is for the backward pass."""
 
     forward = below_autograd(_forward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, _, _, weight, bias, training, _, eps, activation, residual = inputs
-        _, mean, rstd = output
+        _, stats = output
         ctx.options = training, eps, activation
-        ctx.mark_non_differentiable(mean, rstd)
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         if activation is None:
             bias = residual = None  # only a'(z) would need them
-        save(ctx, input, weight, bias, residual, mean, rstd)
+        save(ctx, input, weight, bias, residual, stats)
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -169,7 +169,7 @@ class BatchNorm(torch.autograd.Function):
         if mean_t is not None or var_t is not None:
             raise RuntimeError("batch_norm is not differentiable by running_mean and running_var")
         point = Point(*ctx.saved_tensors, *ctx.options)
-        return output_along(point, input_t, weight_t, bias_t, residual_t), None, None
+        return output_along(point, input_t, weight_t, bias_t, residual_t), None
 
     @staticmethod
     def vmap(info, in_dims, input, running_mean, running_var, weight, bias, training, *args):

@@ -23,13 +23,14 @@ class Point:
     All are differentiable functions of the inputs: in training μ and r, too, are worked out anew from x.
     """
 
-    def __init__(self, input, weight, bias, residual, mean, rstd, training, eps, activation):
+    def __init__(self, input, weight, bias, residual, stats, training, eps, activation):
         self.dtype, self.training, self.activation = input.dtype, training, activation
-        x = input.to(mean.dtype)  # (N, C, ...)
+        x = input.to(stats.dtype)  # (N, C, ...)
         if training:
             centred = x - mean_of_channels(x)  # (N, C, ...)
             self.r = (mean_of_channels(centred.square()) + eps) ** -0.5  # (1, C, 1, ...)
         else:
+            mean, rstd = stats  # (C), (C)
             centred = x - per_channel(mean, x)  # (N, C, ...)
             self.r = per_channel(rstd, x)  # (C, 1, ...)
         self.x_hat = centred * self.r  # (N, C, ...)
