@@ -123,9 +123,12 @@ void for_rows_side_by_side(const Rows& rows, int64_t tasks, const Elements<T>& a
 // f of all rows, in blocks.
 template <typename T, typename F>
 void for_each_block(const Rows& rows, const Elements<T>& all, const F& f) {
+  const bool long_rows = rows.D == 1 && rows.C >= kLongRow;
+  // Short rows take twice as long: most are gathered.
+  const int64_t of_task = long_rows ? kElementsPerTask : kElementsPerTask / 2;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t tasks = std::clamp<int64_t>(ceil_div(rows.R * rows.C, kElementsPerTask), 1, threads);
-  if (rows.D == 1 && rows.C >= kLongRow)
+  const int64_t tasks = std::clamp<int64_t>(ceil_div(rows.R * rows.C, of_task), 1, threads);
+  if (long_rows)
     for_long_rows<T>(rows, tasks, all, f);
   else
     for_rows_side_by_side<T>(rows, tasks, all, f);
