@@ -56,8 +56,8 @@ struct Batch {
 
   // Like the input, or (0,) where it is not needed.
   Tensor empty(bool needed = true) const { return empty_like_dense(input, needed); }
-  // Values of the channels, in the accumulate type.
-  Tensor empty_vector(bool needed = true) const {
+  // Values of the channels, in the accumulate type, or (0,).
+  Tensor empty_vector(bool needed) const {
     return empty_beside(input, {needed ? layout.channels : 0}, accumulate_type(input.scalar_type()));
   }
 };
