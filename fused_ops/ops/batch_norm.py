@@ -272,6 +272,9 @@ def batch_norm(
     return y
 
 
+_VECTORS = ("running_mean", "running_var", "weight", "bias")
+
+
 def _check(input, running_mean, running_var, weight, bias, training, momentum, eps, activation, residual):
     """Refuse what PyTorch refuses, in its words. Of an empty input it takes even one without channels, (0,).
 
@@ -294,7 +297,7 @@ def _check(input, running_mean, running_var, weight, bias, training, momentum, e
     if training:
         if (running_mean is None) != (running_var is None):
             raise ValueError("running_mean and running_var must either both be None or neither be None")
-        if input.numel() == C and math.prod(shape[:1] + shape[2:]) == 1:
+        if shape[0] == 1 and math.prod(shape[2:]) == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         if eps <= 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -304,15 +307,14 @@ def _check(input, running_mean, running_var, weight, bias, training, momentum, e
         raise RuntimeError(
             f"{'running_mean' if running_mean is None else 'running_var'} must be defined in evaluation mode"
         )
-    dtypes = (dtype, accumulate_dtype(dtype))
-    vectors = ("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)
-    for name, v in vectors:
+    size, dtypes = (C,), (dtype, accumulate_dtype(dtype))
+    for i, v in enumerate((running_mean, running_var, weight, bias)):
         if v is None:
             continue
-        if v.shape != (C,):
-            raise RuntimeError(f"{name} should contain {C} elements not {v.numel()}")
+        if v.shape != size:
+            raise RuntimeError(f"{_VECTORS[i]} should contain {C} elements not {v.numel()}")
         if (v_dtype := v.dtype) not in dtypes:
-            raise RuntimeError(f"{name}: expected scalar type {dtypes[0]} but found {v_dtype}")
+            raise RuntimeError(f"{_VECTORS[i]}: expected scalar type {dtypes[0]} but found {v_dtype}")
         dtypes = (v_dtype,)  # of all that follow, too
-        if v.requires_grad and name.startswith("running") and is_grad_enabled():
-            raise RuntimeError(f"batch_norm is not differentiable with respect to {name}, which requires grad")
+        if i < 2 and v.requires_grad and is_grad_enabled():
+            raise RuntimeError(f"batch_norm is not differentiable with respect to {_VECTORS[i]}, which requires grad")
