@@ -88,25 +88,52 @@ inline Acc usual_nan(Acc x) {
   return x == x ? x : std::numeric_limits<Acc>::quiet_NaN();
 }
 
-// Adding 1.5·2^23 to a float leaves no bits for a fraction: the addition itself rounds to the nearest integer, which is
-// then in the low bits of the sum.
-constexpr float kRounder = 12582912.0f;
-constexpr float kInverseLn2 = 1.44269504f;
+// What exp has to know of a type. Adding kRounder, 1.5 times the power of 2 from which on there are no bits for a
+// fraction, rounds to the nearest integer, which is then in the low bits of the sum. ln 2 is in two parts, the first
+// with so few bits that there is room for those of its product with any exponent.
+template <typename Acc>
+struct Exponents;
 
-// ln 2 in two parts, the first with so few bits that a float has room for those of its product with any exponent.
-constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+template <>
+struct Exponents<float> {
+  using Bits = uint32_t;
+  static constexpr int kMantissaBits = 23, kBias = 127;
+  static constexpr float kRounder = 0x1.8p23f, kInverseLn2 = 1.44269504f;
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kZero = -110, kInf = 89;   // exp is 0 and inf here already
+  static constexpr float kLastNormal = -87.33654f;  // and denormal below this
+};
 
-// 2^n, for an n from −126 to 127. The shift drops all bits but the lowest 9, where those of kRounder, and half of them,
-// are 0: so n may be the bits of a sum as above.
-inline float power_of_2(uint32_t n) { return bit_cast<float>((n + 127) << 23); }
+template <>
+struct Exponents<double> {
+  using Bits = uint64_t;
+  static constexpr int kMantissaBits = 52, kBias = 1023;
+  static constexpr double kRounder = 0x1.8p52, kInverseLn2 = 1.4426950408889634;
+  static constexpr double kLn2High = 6.93147180369123816e-1, kLn2Low = 1.90821492927058770e-10;
+  static constexpr double kZero = -746, kInf = 710;
+  static constexpr double kLastNormal = -708.39641853226410;
+};
 
-// The errors of the functions below are the largest over all floats, beside float64, with fused multiply-add or without
-// (tests/test_numeric.py).
+// 2^n, for an n from 1 − kBias to kBias. The shift drops all bits but the lowest 9, or 12, where those of kRounder, and
+// half of them, are 0: so n may be the bits of a sum as above.
+template <typename Acc, typename E = Exponents<Acc>>
+inline Acc power_of_2(typename E::Bits n) {
+  return bit_cast<Acc>((n + E::kBias) << E::kMantissaBits);
+}
+
+// x − n·ln 2
+template <typename Acc, typename E = Exponents<Acc>>
+inline Acc remainder_of_ln2(Acc x, Acc n) {
+  return (x - n * E::kLn2High) - n * E::kLn2Low;
+}
+
+// The errors of the functions below are the largest over all floats, beside float64, and over many doubles, beside more
+// digits; with fused multiply-add or without (tests/test_numeric.py).
 
 // exp(x − n·ln 2), for an n that leaves at most ln 2 / 2, by the polynomial of degree 5, with p(0) = 1, whose largest
 // error in ulp, the steps' roundings included, is the least (by linear programming, coefficient after coefficient).
 inline float exp_of_remainder(float x, float n) {
-  const float r = (x - n * kLn2High) - n * kLn2Low;
+  const float r = remainder_of_ln2(x, n);
   float p = 8.2459282130e-3f;
   p = p * r + 4.1906155646e-2f;
   p = p * r + 1.6668470204e-1f;
@@ -115,9 +142,26 @@ inline float exp_of_remainder(float x, float n) {
   return p * r + 1.0f;
 }
 
-// The same with a relative error under 1e-5, shorter: by a minimax polynomial for 2^f itself, f = x / ln 2 − n.
+// The same in double: 1 + r + r²·q, where q meets (exp(r) − 1 − r)/r² at Chebyshev's nodes.
+inline double exp_of_remainder(double x, double n) {
+  const double r = remainder_of_ln2(x, n);
+  double p = 2.51003854955103203e-8;
+  p = p * r + 2.76200884454097462e-7;
+  p = p * r + 2.75572684599970641e-6;
+  p = p * r + 2.48015212959543761e-5;
+  p = p * r + 1.98412698630536177e-4;
+  p = p * r + 1.38888889172137167e-3;
+  p = p * r + 8.33333333333006153e-3;
+  p = p * r + 4.16666666666241289e-2;
+  p = p * r + 1.66666666666666685e-1;
+  p = p * r + 5.00000000000000111e-1;
+  p = p * r + 1.0;
+  return p * r + 1.0;
+}
+
+// That of floats with a relative error under 1e-5, shorter: by a minimax polynomial for 2^f itself, f = x / ln 2 − n.
 inline float exp_of_remainder_16(float x, float n) {
-  const float f = x * kInverseLn2 - n;
+  const float f = x * Exponents<float>::kInverseLn2 - n;
   float p = 9.7006840638e-3f;
   p = p * f + 5.5897524509e-2f;
   p = p * f + 2.4021899614e-1f;
@@ -125,46 +169,44 @@ inline float exp_of_remainder_16(float x, float n) {
   return p * f + 1.0f;
 }
 
-FUSED_OPS_HOST_DEVICE inline double exp(double x) { return std::exp(x); }
-
 // exp(x) = 2^n · exp(r), with n = round(x / ln 2) and |r| ≤ ln 2 / 2. Without branches or calls, so that compilers
-// vectorise loops over it. Error under 1.99 ulp; exp(0) is 1, and NaN stays NaN.
-FUSED_OPS_HOST_DEVICE inline float exp(float x) {
+// vectorise loops over it. Error under 1.99 ulp, of doubles 1.26; exp(0) is 1, and NaN stays NaN.
+template <typename Acc, typename E = Exponents<Acc>>
+FUSED_OPS_HOST_DEVICE inline Acc exp(Acc x) {
 #ifdef __CUDA_ARCH__
-  return ::expf(x);
+  return ::exp(x);
 #else
-  x = x < -110.0f ? -110.0f : x;  // exp is 0 here already
-  x = x > 89.0f ? 89.0f : x;      // and inf here
-  const float rounded = x * kInverseLn2 + kRounder;
-  const float p = exp_of_remainder(x, rounded - kRounder);
+  x = x < E::kZero ? E::kZero : x;
+  x = x > E::kInf ? E::kInf : x;
+  const Acc rounded = x * E::kInverseLn2 + E::kRounder;
+  const Acc p = exp_of_remainder(x, rounded - E::kRounder);
   // 2^n as two factors, since n reaches the exponents of denormals and of inf.
-  const uint32_t n = bit_cast<uint32_t>(rounded), half = n >> 1;
-  return p * power_of_2(half) * power_of_2(n - half);
+  const auto n = bit_cast<typename E::Bits>(rounded), half = n >> 1;
+  return p * power_of_2<Acc>(half) * power_of_2<Acc>(n - half);
 #endif
 }
 
-// exp(x) as above from −87.33654, below which it's denormal, to 88: there 2^n is one factor, whose exponent the sum
-// that rounds has in its low bits, if what it adds is larger by the exponent's bias. Elsewhere the result is wrong, but
-// NaN stays NaN. For results of type T, of 16 bits with the shorter polynomial.
-template <typename T = float>
-inline float exp_if_normal(float x) {
-  constexpr float kBiased = kRounder + 127;
-  const float rounded = x * kInverseLn2 + kBiased, n = rounded - kBiased;
-  const float p = std::is_same_v<T, float> ? exp_of_remainder(x, n) : exp_of_remainder_16(x, n);
-  return p * bit_cast<float>(bit_cast<uint32_t>(rounded) << 23);
+// exp(x) as above from −87.33654, below which it's denormal, to 88 (doubles: −708.39 to 709): there 2^n is one factor,
+// whose exponent the sum that rounds has in its low bits, if what it adds is larger by the exponent's bias. Elsewhere
+// the result is wrong, but NaN stays NaN. For results of type T, of 16 bits with the shorter polynomial.
+template <typename T, typename Acc, typename E = Exponents<Acc>>
+inline Acc exp_if_normal(Acc x) {
+  constexpr Acc kBiased = E::kRounder + E::kBias;
+  const Acc rounded = x * E::kInverseLn2 + kBiased, n = rounded - kBiased;
+  Acc p;
+  if constexpr (sizeof(T) == 2)
+    p = exp_of_remainder_16(x, n);
+  else
+    p = exp_of_remainder(x, n);
+  return p * bit_cast<Acc>(bit_cast<typename E::Bits>(rounded) << E::kMantissaBits);
 }
 
-// exp(−x) for the x = max − s of a softmax over logits of type T, which are not below 0 but by rounding.
-template <typename T>
-inline double exp_of_softmax(double x) {
-  return std::exp(-x);
-}
-
-// Where exp(−x) is denormal it is 0; NaN stays NaN. Elsewhere error under 1.99 ulp, or that of the shorter polynomial
+// exp(−x) for the x = max − s of a softmax over logits of type T, which are not below 0 but by rounding. Where it is
+// denormal it is 0; NaN stays NaN. Elsewhere error under 1.99 ulp, of doubles 1.26, or that of the shorter polynomial
 // where T has 16 bits: logits and gradients are rounded by 1/4096 and more there.
-template <typename T>
-inline float exp_of_softmax(float x) {
-  return x > 87.33654f ? 0.0f : exp_if_normal<T>(-x);
+template <typename T, typename Acc>
+inline Acc exp_of_softmax(Acc x) {
+  return x > -Exponents<Acc>::kLastNormal ? 0 : exp_if_normal<T>(-x);
 }
 
 FUSED_OPS_HOST_DEVICE inline double log(double x) { return std::log(x); }
@@ -189,29 +231,42 @@ FUSED_OPS_HOST_DEVICE inline float log(float x) {
   p = p * f + 2.0000714765e-1f;
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
-  const float log_1p = ((p * f * z + n * kLn2Low) - 0.5f * z) + f;  // and the low part of n·ln 2: smallest terms first
+  using E = Exponents<float>;
+  const float log_1p =
+      ((p * f * z + n * E::kLn2Low) - 0.5f * z) + f;  // and the low part of n·ln 2: smallest terms first
   const float elsewhere = x < 0 ? NAN : (x == 0 ? -INFINITY : x);
-  return x > 0 && x < INFINITY ? log_1p + n * kLn2High : elsewhere;
+  return x > 0 && x < INFINITY ? log_1p + n * E::kLn2High : elsewhere;
 #endif
 }
 
-FUSED_OPS_HOST_DEVICE inline double tanh(double x) { return std::tanh(x); }
-
-// tanh|x| = 1 − 2 / (exp(2|x|) + 1), and near zero, where that cancels, the polynomial of Cephes' tanhf. Without
-// branches or calls, like exp above. Error under 1.71 ulp; −0 and NaN stay what they are.
-FUSED_OPS_HOST_DEVICE inline float tanh(float x) {
-#ifdef __CUDA_ARCH__
-  return ::tanhf(x);
-#else
-  const float a = std::fabs(x), z = x * x;
+// tanh(a) of small a, where 1 − 2 / (exp(2a) + 1) cancels: by Cephes' tanhf and tanh.
+inline float tanh_near_zero(float a) {
+  const float z = a * a;
   float p = -5.70498872745e-3f;
   p = p * z + 2.06390887954e-2f;
   p = p * z - 5.37397155531e-2f;
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
-  const float near = p * z * a + a, far = 1.0f - 2.0f / (exp_if_normal(2.0f * a) + 1.0f);
-  const float y = a < 0.625f ? near : far;
-  return std::copysign(a > 10.0f ? 1.0f : y, x);
+  return p * z * a + a;
+}
+
+inline double tanh_near_zero(double a) {
+  const double z = a * a;
+  const double p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
+  const double q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
+  return p / q * z * a + a;
+}
+
+// tanh|x| = 1 − 2 / (exp(2|x|) + 1). Without branches or calls, like exp above. Error under 1.71 ulp, of doubles 1.4;
+// −0 and NaN stay what they are.
+template <typename Acc>
+FUSED_OPS_HOST_DEVICE inline Acc tanh(Acc x) {
+#ifdef __CUDA_ARCH__
+  return ::tanh(x);
+#else
+  const Acc a = std::fabs(x), near = tanh_near_zero(a), far = 1 - 2 / (exp_if_normal<Acc>(2 * a) + 1);
+  const Acc y = a < Acc(0.625) ? near : far;
+  return std::copysign(a > 20 ? 1 : y, x);
 #endif
 }
 

@@ -1,4 +1,5 @@
-"""The kernels' own functions of floats (csrc/numeric.h), in vectorised loops, beside PyTorch's in float64.
+"""The kernels' own functions of floats (csrc/numeric.h), in vectorised loops, beside PyTorch's in float64; and those of
+doubles, beside mpmath's.
 
 Compiled twice, since a compiler may fuse a product and a sum into one rounding where the processor can: with that, and
 without, as on processors that cannot.
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import mpmath
 import pytest
 import setuptools
 import torch
@@ -31,6 +33,7 @@ ULPS = {"exp": 1.99, "exp_of_softmax": 1.99, "log": 0.83, "tanh": 1.71}
 PLACES = [0.0, 0.25, 0.5, 0.625, math.sqrt(0.5), 1.0, math.sqrt(2), 10.0, 14.5, 65504.0, 65520.0, math.inf]
 PLACES += [2.0**n for n in range(-149, 128)]
 PLACES += [87.33654, 88.722839, 89.0, 103.97208, 110.0]
+ULPS_OF_DOUBLES = {"exp": 1.26, "exp_of_softmax": 1.26, "tanh": 1.4}  # over some 20 million of them
 DENORMAL = 2.0**-126  # the denormal floats are below this
 
 
@@ -110,6 +113,30 @@ def test_exp_of_softmax(call, floats):
     assert ((short - exact) / exact).abs().nan_to_num(0).max() < 1e-5
 
 
+@pytest.fixture(scope="module")
+def doubles():
+    """Of either sign and all sizes, as long as exp is finite, and near where the functions' code changes."""
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(5000, dtype=torch.float64, generator=generator)
+    magnitudes = [uniform, uniform * 709.78, torch.exp2(uniform * 1000 - 1000)]
+    magnitudes += [place + (uniform[:50] - 0.5) * 1e-12 for place in (0.625, 20.0, 708.3964185322641)]
+    x = torch.cat(magnitudes)
+    return torch.cat([x, -x])
+
+
+@pytest.mark.parametrize("name", ULPS_OF_DOUBLES)
+def test_error_of_doubles(name, call, doubles):
+    function = {"exp_of_softmax": lambda x: mpmath.exp(-x)}.get(name) or getattr(mpmath, name)
+    arguments = doubles[doubles > -700] if name == "exp_of_softmax" else doubles
+    with mpmath.workprec(120):
+        for x, y in zip(arguments.tolist(), call(f"{name}_of_double", arguments, torch.float64).tolist(), strict=True):
+            exact = function(x)
+            if name == "exp_of_softmax" and exact < mpmath.ldexp(1, -1022):
+                exact = 0
+            ulp = mpmath.ldexp(1, max(mpmath.frexp(exact)[1] - 53, -1074))
+            assert abs(y - exact) < ULPS_OF_DOUBLES[name] * ulp, x
+
+
 def test_normal_distribution(call, floats):
     actual, z = call("normal_distribution", floats).double(), floats.double()
     exact = 0.5 * torch.erfc(-z * math.sqrt(0.5))
@@ -140,11 +167,30 @@ def test_special_values(name, x, y, call):
     assert_same_floats(call(name, torch.tensor(x)), torch.tensor(y))
 
 
+@pytest.mark.parametrize(
+    ("name", "x", "y"),
+    [
+        ("exp", [-math.inf, -746.0, -0.0, 0.0, 709.79, math.inf], [0.0, 0.0, 1.0, 1.0, math.inf, math.inf]),
+        ("exp_of_softmax", [math.inf, 1e300, 708.4, -0.0, 0.0], [0.0, 0.0, 0.0, 1.0, 1.0]),
+        ("tanh", [-math.inf, -30.0, 30.0, math.inf, -0.0, 2**-1074], [-1.0, -1.0, 1.0, 1.0, -0.0, 2**-1074]),
+    ],
+)
+def test_special_doubles(name, x, y, call):
+    arguments = torch.tensor([*x, math.nan], dtype=torch.float64)
+    *actual, of_nan = call(f"{name}_of_double", arguments, torch.float64).tolist()
+    assert [(v, math.copysign(1, v)) for v in actual] == [(v, math.copysign(1, v)) for v in y]
+    assert math.isnan(of_nan)
+
+
 @pytest.mark.parametrize("name", ULPS)
 def test_the_code_states_the_same_error(name):
     code = (ROOT / "csrc" / "numeric.h").read_text()
-    (comment,) = re.findall(rf"((?://.*\n)+)(?:template.*\n)?.*inline float {name}\(float x\)", code)
-    assert re.search(r"[Ee]rror under ([\d.]+) ulp", comment.replace("\n// ", " "))[1] == str(ULPS[name])
+    (comment,) = re.findall(rf"((?://.*\n)+)(?:template.*\n)?.*inline (?:float|Acc) {name}\((?:float|Acc) x\)", code)
+    of_floats, of_doubles = re.search(
+        r"[Ee]rror under ([\d.]+) ulp(?:, of doubles ([\d.]+))?", comment.replace("\n// ", " ")
+    ).groups()
+    assert float(of_floats) == ULPS[name]
+    assert of_doubles is None or float(of_doubles) == ULPS_OF_DOUBLES[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

@@ -53,7 +53,7 @@ template <typename T, typename Acc = accumulate_t<T>>
 __device__ Acc exp_of(Acc x) {
   if constexpr (sizeof(T) == 2) {
     float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * kInverseLn2));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * Exponents<float>::kInverseLn2));
     return power;
   } else {
     return exp(x);
