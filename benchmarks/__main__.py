@@ -22,7 +22,7 @@ LEAST_BLOCKS = 3
 def arguments():
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="measure only this one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="measure only this one")
     parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose name this regular expression finds")
     parser.add_argument("--quick", action="store_true", help="a small case or two of each op, to see that all is well")
     parser.add_argument("--blocks", type=int, help="median over so many; slow cases get fewer (default: 15, quick: 2)")

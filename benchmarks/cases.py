@@ -259,6 +259,9 @@ def cpu_cases():
         for shape in ((32, 64, 56, 56), (32, 256, 14, 14)):
             for channels_last in (False, True):
                 yield batch_norm(shape, followed_by=followed_by, channels_last=channels_last)
+    for dtype in (bfloat16, torch.float16):
+        for channels_last in (False, True):
+            yield batch_norm((32, 64, 56, 56), dtype, channels_last=channels_last)
     for rows in (32, 1024, 8192):
         yield batch_norm((rows, 256), curve=True)
 
