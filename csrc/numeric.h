@@ -100,8 +100,8 @@ struct Exponents<float> {
   static constexpr int kMantissaBits = 23, kBias = 127;
   static constexpr float kRounder = 0x1.8p23f, kInverseLn2 = 1.44269504f;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  static constexpr float kZero = -110, kInf = 89;   // exp is 0 and inf here already
-  static constexpr float kLastNormal = -87.33654f;  // and denormal below this
+  static constexpr float kZero = -110, kInf = 89;  // exp(x) is 0 and inf here already
+  static constexpr float kLastNormal = 87.33654f;  // and exp(−x) denormal beyond this
 };
 
 template <>
@@ -111,7 +111,7 @@ struct Exponents<double> {
   static constexpr double kRounder = 0x1.8p52, kInverseLn2 = 1.4426950408889634;
   static constexpr double kLn2High = 6.93147180369123816e-1, kLn2Low = 1.90821492927058770e-10;
   static constexpr double kZero = -746, kInf = 710;
-  static constexpr double kLastNormal = -708.39641853226410;
+  static constexpr double kLastNormal = 708.39641853226410;
 };
 
 // 2^n, for an n from 1 − kBias to kBias. The shift drops all bits but the lowest 9, or 12, where those of kRounder, and
@@ -206,7 +206,7 @@ inline Acc exp_if_normal(Acc x) {
 // where T has 16 bits: logits and gradients are rounded by 1/4096 and more there.
 template <typename T, typename Acc>
 inline Acc exp_of_softmax(Acc x) {
-  return x > -Exponents<Acc>::kLastNormal ? 0 : exp_if_normal<T>(-x);
+  return x > Exponents<Acc>::kLastNormal ? 0 : exp_if_normal<T>(-x);
 }
 
 FUSED_OPS_HOST_DEVICE inline double log(double x) { return std::log(x); }
