@@ -1,6 +1,7 @@
 # make train        set everything up and train on the shipped names     make train ARGS="--steps 2000 --backward steps"
 # make test         set everything up and run the tests                  make test ARGS="-k cross_entropy"
 # make test-other   run them on the same kernels with another torch       make test-other OTHER=torch==2.10.0
+# make test-emulated  run the CUDA kernels on an emulated card, with every access to memory checked
 # make test-cuda    run the tests of CUDA, on a card                     make clean test-cuda TORCH=torch
 # make sanitize     run some of them under compute-sanitizer             make sanitize
 # make memory       measure the peak memory of linear cross-entropy     make memory ARGS="--rows 512 --dtype bfloat16"
@@ -25,7 +26,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/installed-$(if $(filter 0,$(FUSED_OPS_BUILD)),references,kernels)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: train test test-other test-cuda sanitize card memory bench lint docs cuda-report clean
+.PHONY: train test test-other test-emulated test-cuda sanitize card memory bench lint docs cuda-report clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -40,6 +41,13 @@ test-other: $(INSTALLED)
 	$(VENV)-other/bin/pip install --quiet "$(OTHER)" "setuptools>=77"
 	FUSED_OPS_BUILD=0 $(VENV)-other/bin/pip install --quiet --no-build-isolation --editable ".[test]"
 	$(VENV)-other/bin/python -m pytest -n auto $(ARGS)
+
+# Each op beside its reference, above all. Streamed outputs, of several MB, are no different there.
+EMULATED := emulation ops made_gradients mlp functional
+test-emulated: $(INSTALLED)
+	$(MAKE) --no-print-directory --jobs 2 --file tests/emulation/Makefile PYTHON=$(VENV)/bin/python
+	$(VENV)/bin/python -m pytest -n auto --kernels build/emulated/kernels.so $(EMULATED:%=tests/test_%.py) \
+	  -k "emulation or made_gradients or cpu and (undecorated or sgd_steps or bounds) and not streamed" $(ARGS)
 
 test-cuda: card
 	$(VENV)/bin/python -m pytest -n auto -k cuda $(ARGS)
@@ -63,7 +71,7 @@ bench: $(INSTALLED)
 lint: $(VENV)/linters
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*/* tests/*.cpp)
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*.h csrc/*/* tests/*.cpp tests/emulation/*.[hc]*)
 
 docs:
 	$(PYTHON) docs/make_derivations.py

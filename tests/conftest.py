@@ -20,11 +20,25 @@ FILES = ("tests/test_opinfo.py", "tests/test_moduleinfo.py", "tests/test_hypothe
 
 def pytest_addoption(parser):
     parser.addoption(
+        "--kernels",
+        metavar="FILE",
+        help="test the kernels of this library in place of the package's own (make test-emulated)",
+    )
+    parser.addoption(
         "--write-conformance",
         metavar="FILE",
         type=Path,
         help="write the conformance suites' counts to FILE, if all passed",
     )
+
+
+def pytest_configure(config):
+    if library := config.getoption("--kernels"):
+        os.environ["FUSED_OPS_BUILD"] = "0"  # fused_ops, which is not imported yet, is not to load its own
+        import fused_ops
+
+        torch.ops.load_library(library)
+        assert fused_ops.has_kernels("cpu")
 
 
 @pytest.fixture

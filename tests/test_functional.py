@@ -105,9 +105,10 @@ def test_out_of_range_target_names_the_index(index, path):
             F.cross_entropy(LOGITS, target)
 
 
-def test_direct_calls_of_the_kernels_stay_in_bounds():
+@every_device
+def test_direct_calls_of_the_kernels_stay_in_bounds(device):
     """The ops can be called without the public functions' checks: what would read out of bounds raises there, too."""
-    if not fused_ops.has_kernels("cpu"):
+    if not fused_ops.has_kernels(device):
         return  # the references are made of torch's ops, which check for themselves
     ops = torch.ops.fused_ops
     stats, of_channels, scalar = torch.zeros(2, 2), torch.zeros(2, 3), torch.tensor(1.0)
@@ -153,9 +154,15 @@ def test_direct_calls_of_the_kernels_stay_in_bounds():
     ]
     for op, arguments in calls:
         with pytest.raises(RuntimeError):
-            op(*arguments)
-    with pytest.raises(IndexError, match="Target 5"):
-        ops.cross_entropy_backward(scalar, LOGITS, torch.tensor([5, 0]), None, stats, scalar, *backward)
+            op(*(a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments))
+
+
+def test_direct_calls_name_the_index():
+    if fused_ops.has_kernels("cpu"):
+        stats, scalar = torch.zeros(2, 2), torch.tensor(1.0)
+        options = None, stats, scalar, -100, "mean", 0.0, 0.0, None, True, False
+        with pytest.raises(IndexError, match="Target 5"):
+            torch.ops.fused_ops.cross_entropy_backward(scalar, LOGITS, torch.tensor([5, 0]), *options)
 
 
 def test_only_asked_for_gradients_come_back():

@@ -110,6 +110,12 @@ void launch(const Tensor& on, const Grid& grid, void (*kernel)(Parameters...), A
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
+// The block's dynamic shared memory.
+__device__ inline unsigned char* dynamic_memory() {
+  extern __shared__ __align__(16) unsigned char shared[];
+  return shared;
+}
+
 // Combines the values of `width` neighbouring threads, a power of 2; each of them gets the result. All of a warp call
 // it.
 template <int width = kWarp, typename V, typename Combine>

@@ -193,8 +193,7 @@ struct TwiceRead {
 
   // The thread's packs in shared memory from `first` on, kThreads apart. No other thread waits for them.
   __device__ P* kept(int first) const {
-    extern __shared__ __align__(16) unsigned char shared[];
-    return reinterpret_cast<P*>(shared) + (number * task.keeps + first) * kThreads + threadIdx.x;
+    return reinterpret_cast<P*>(dynamic_memory()) + (number * task.keeps + first) * kThreads + threadIdx.x;
   }
 
   // Sets out to fill it. wait_for_copies() is when it's there.
@@ -217,7 +216,7 @@ struct TwiceRead {
 // trivially copyable and has merge(V).
 template <typename V, int kLanes>
 __device__ void merge_threads(int threads_apart, V (&lanes)[kLanes]) {
-  __shared__ alignas(16) unsigned char storage[sizeof(V) * kLanes * kThreads];
+  __shared__ __align__(16) unsigned char storage[sizeof(V) * kLanes * kThreads];
   V(*shared)[kThreads] = reinterpret_cast<V(*)[kThreads]>(storage);
   const int thread = threadIdx.x;
   const auto put = [&] {

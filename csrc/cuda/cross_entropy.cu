@@ -52,8 +52,12 @@ struct DeviceRows {
 template <typename T, typename Acc = accumulate_t<T>>
 __device__ Acc exp_of(Acc x) {
   if constexpr (sizeof(T) == 2) {
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * Exponents<float>::kInverseLn2));
+    float power = x * Exponents<float>::kInverseLn2;
+#ifdef __CUDACC__
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(power));
+#else  // in the emulation
+    power = std::exp2(power);
+#endif
     return power;
   } else {
     return exp(x);
@@ -246,6 +250,14 @@ Tensor to_rows(const Tensor& t) {
   return torch::stable::flatten(as_contiguous(torch::stable::transpose(t, 1, 2)), 0, 1);
 }
 
+// The inputs of an op as rows.
+template <typename... Options>
+Rows rows_of(const Tensor& logits, const Tensor& target, const Options&... options) {
+  STD_TORCH_CHECK(target.dim() == 1 || target.dim() == logits.dim(),
+                  "target should be class indices, (N·D,), or class probabilities, like logits");
+  return Rows(to_rows(logits), to_rows(target), options...);
+}
+
 Tensor from_rows(const Tensor& rows, const Tensor& logits) {
   if (logits.dim() != 3 || rows.dim() != 2) return rows;
   const Tensor apart = torch::stable::view(rows, {logits.size(0), logits.size(2), logits.size(1)});
@@ -289,7 +301,7 @@ Tensor empty_divisor(const Rows& rows) {
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor target, std::optional<Tensor> weight,
                                                          int64_t ignore_index, Name reduction, double label_smoothing,
                                                          double z_loss, std::optional<double> softcap) {
-  const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
+  const Rows rows = rows_of(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   Tensor stats = empty_stats(rows), divisor = empty_divisor(rows);
   return {loss_of_rows(rows, stats, divisor, nullptr), stats, divisor};
 }
@@ -297,7 +309,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(Tensor logits, Tensor t
 std::tuple<Tensor, Tensor> cross_entropy_with_gradient(Tensor logits, Tensor target, std::optional<Tensor> weight,
                                                        int64_t ignore_index, Name reduction, double label_smoothing,
                                                        double z_loss, std::optional<double> softcap, bool narrowed) {
-  const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
+  const Rows rows = rows_of(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   Tensor stats = empty_stats(rows), divisor = empty_divisor(rows), dlogits = gradient_or_nothing(rows, true);
   const Tensor loss = loss_of_rows(rows, stats, divisor, &dlogits);
   return {narrowed ? as_type(loss, logits.scalar_type()) : loss, from_rows(dlogits, logits)};
@@ -323,7 +335,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor dloss, Tensor logits, T
                                                   int64_t ignore_index, Name reduction, double label_smoothing,
                                                   double z_loss, std::optional<double> softcap, bool needs_logits,
                                                   bool needs_target) {
-  const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
+  const Rows rows = rows_of(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   const RowGradients gradients(rows, dloss, stats, divisor);
   Tensor dlogits = gradient_or_nothing(rows, needs_logits);
   Tensor dtarget = gradient_or_nothing(rows, needs_target && rows.probabilities);
@@ -339,7 +351,7 @@ Tensor cross_entropy_backward_(Tensor dloss, Tensor logits, Tensor target, std::
                                Tensor divisor, int64_t ignore_index, Name reduction, double label_smoothing,
                                double z_loss, std::optional<double> softcap, bool needs_target) {
   STD_TORCH_CHECK(logits.is_contiguous(), "logits should be contiguous, to be written over");
-  const Rows rows(to_rows(logits), to_rows(target), weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
+  const Rows rows = rows_of(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap);
   const RowGradients gradients(rows, dloss, stats, divisor);
   Tensor dlogits = rows.logits;  // the logits themselves, but for those of positions
   Tensor dtarget = gradient_or_nothing(rows, needs_target && rows.probabilities);

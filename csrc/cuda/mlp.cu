@@ -91,8 +91,7 @@ template <typename T, typename Emit, typename Acc = accumulate_t<T>>
 __global__ void __launch_bounds__(kThreadsOfNetwork<Acc>, 1)
     run_network(Sizes sizes, Parameters<T> parameters, ChannelVector<T> running_mean, ChannelVector<T> running_var,
                 Norm<Acc> norm, Examples examples, Emit emit, Acc* losses) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  const Network<Acc> net(sizes, shared);
+  const Network<Acc> net(sizes, dynamic_memory());
   parameters.for_each(net, [](const Given<T>& given, Strided<Acc> place) {
 #pragma unroll 4
     for (int i = threadIdx.x; i < given.size(); i += blockDim.x)

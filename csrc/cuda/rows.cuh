@@ -52,8 +52,7 @@ struct Part {
   // Reads the part, to where x then is. All threads of the block call it.
   __device__ void keep(const Deal& deal) {
     if (!deal.part_bytes) return;
-    extern __shared__ __align__(16) unsigned char shared[];
-    T* kept = reinterpret_cast<T*>(shared + threadIdx.x / width * deal.part_bytes) + beyond_bound(x);
+    T* kept = reinterpret_cast<T*>(dynamic_memory() + threadIdx.x / width * deal.part_bytes) + beyond_bound(x);
     for_packs([&](int64_t c, auto size) { copy_async(reinterpret_cast<Pack<T, size()>*>(kept + c), x + c); });
     wait_for_copies();
     __syncthreads();

@@ -1,0 +1,136 @@
+"""The CUDA kernels on an emulated card (tests/emulation), and the emulation itself: what mistakes it finds.
+
+`make test-emulated` runs these, and those tests of each op that compare it with its reference.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from samples import OPS, Sample, leaf
+from samples.making import Case, Maker
+from test_mlp import calls_of_both_ops, examples, network, outputs_and_moved
+from test_ops import assert_matches_torch
+
+from fused_ops._op import REFERENCES
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.ops.emulation, "fault"), reason="needs make test-emulated")
+
+
+@contextlib.contextmanager
+def card(processors=4, shared_memory=99 * 1024, clusters=True):
+    """The emulated card has so many processors, and blocks so many bytes of shared memory."""
+    torch.ops.emulation.set_card(processors, shared_memory, clusters)
+    yield
+    torch.ops.emulation.set_card(4, 99 * 1024, True)
+
+
+RACE, NOT_WRITTEN = "race in shared memory", "shared memory that nobody has written"
+FAULTS = {
+    "no_barrier": f"{RACE}|{NOT_WRITTEN}",  # by the order in which threads run
+    "no_second_barrier": RACE,
+    "exchange_for_barrier": RACE,
+    "block_barrier_for_grid": "race in global memory.* of block",
+    "not_written": NOT_WRITTEN,
+    "different_barriers": r"wait at different barriers: faults.cu:\d+, faults.cu:\d+",
+    "early_end": r"a thread ended where others wait for it: faults.cu:\d+",
+    "part_of_warp": r"a thread ended where others wait for it: faults.cu:\d+",
+    "barrier_in_part_of_warp": r"wait for each other in vain: faults.cu:\d+ faults.cu:\d+",
+    "out_of_bounds": "access to memory that is of no tensor",
+    "write_to_fixed": "a tensor is written that the op has asked for only to read",
+    "misaligned": r"no multiple of its type's alignment: packs.cuh:\d+",
+    "misaligned_copy": "addresses that are no multiple of its size",
+    "beyond_array": r"an index beyond its array: faults.cu:\d+",
+    "overflow": r"a product beyond its type: faults.cu:\d+",
+    "beyond_dynamic_memory": "beyond the block's dynamic shared memory, at byte 512 of 512",
+    "copy_before_it_is_there": NOT_WRITTEN,
+    "copy_without_waiting": "copies under way that it did not wait for",
+    "copy_without_barrier": f"{RACE}|{NOT_WRITTEN}",
+    "assertion": r"device-side assert: data.fixed\[thread_of_grid\(\)\] < 0",
+}
+
+
+def provoke(name, blocks=4, together=True):
+    x, fixed = torch.zeros(64 * blocks), torch.arange(64.0 * blocks)
+    torch.ops.emulation.fault(name, x, fixed, together)
+    return x, fixed
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_mistakes_are_found(name):
+    for _ in range(3):  # in each order of threads
+        with pytest.raises(RuntimeError, match=FAULTS[name]):
+            provoke(name)
+
+
+def test_a_kernel_without_mistakes():
+    for _ in range(3):
+        x, fixed = provoke("none")
+        # reversed in each block, then in all; then the sum of each warp
+        expected = fixed.view(4, 64).flip(1).flatten().flip(0).view(-1, 32).sum(1).repeat_interleave(32)
+        torch.testing.assert_close(x, expected, rtol=0, atol=0)
+
+
+def test_blocks_that_wait_for_each_other_are_there_together():
+    with pytest.raises(RuntimeError, match="that need not be there together: faults.cu"):
+        provoke("none", together=False)
+    with pytest.raises(RuntimeError, match="does not launch"):
+        provoke("none", blocks=1000)
+
+
+# ---------------------------------------------------------------------------------------------------------- the kernels
+
+LOSSES = {
+    "indices": {},
+    "indices-everything": {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 9.0},
+    "probabilities": {"label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("clusters", [True, False], ids=["clusters", "blocks"])
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 24 * 1024], ids=["kept", "read-again"])
+@pytest.mark.parametrize("C", [5000, 40007])
+def test_cross_entropy_of_long_rows(C, shared_memory, clusters, kind, dtype):
+    """Rows of a block or of a cluster, kept in shared memory or not, that don't begin at bounds of 16 bytes."""
+    make = Maker("long-rows", dtype, "cpu")
+    target = make.probabilities(3, C) if kind.startswith("probabilities") else make.indices(3, classes=C)
+    case = Case(lambda *_: Sample((make(3, C), target), LOSSES[kind]))
+    with card(shared_memory=shared_memory, clusters=clusters):
+        assert_matches_torch(OPS["cross_entropy"], case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(40, 8, 16, 24), (40, 3, 15, 17)], ids=["packs", "single"])
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 8 * 1024], ids=["on-chip", "off-chip"])
+def test_batch_norm_of_channels_that_blocks_share(shared_memory, shape, memory_format, dtype):
+    """In one launch, and in two."""
+
+    def build(*_):
+        make = Maker("shared-channels", dtype, "cpu")
+        x, residual = (leaf(make(*shape).to(memory_format=memory_format)) for _ in range(2))
+        C = shape[1]
+        running = {"running_mean": make(C, requires_grad=False), "running_var": make.weights(C, requires_grad=False)}
+        affine = {"weight": make.weights(C), "bias": make(C)}
+        return Sample((x,), {**running, **affine, "training": True, "activation": "silu", "residual": residual})
+
+    with card(shared_memory=shared_memory):
+        assert_matches_torch(OPS["batch_norm"], Case(build), dtype, "cpu")
+
+
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 4 * 1024], ids=["fits", "does-not-fit"])
+def test_networks_of_every_size(shared_memory):
+    for name, args in calls_of_both_ops(network(), *examples(20)):
+        op = getattr(torch.ops.fused_ops, name).default
+        with card(shared_memory=shared_memory):
+            ours = outputs_and_moved(op, args)
+        torch.testing.assert_close(ours, outputs_and_moved(REFERENCES[op], args), rtol=1e-4, atol=1e-5)
+
+
+def test_a_target_out_of_bounds_is_an_assertion():
+    op = torch.ops.fused_ops.cross_entropy_forward  # the public function on the CPU looks itself
+    for target in (5, -1):
+        with pytest.raises(RuntimeError, match="device-side assert: in_bounds"):
+            op(torch.zeros(2, 5), torch.tensor([0, target]), None, -100, "mean", 0.0, 0.0, None)
