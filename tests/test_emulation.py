@@ -46,21 +46,24 @@ FAULTS = {
     "copy_before_it_is_there": NOT_WRITTEN,
     "copy_without_waiting": "copies under way that it did not wait for",
     "copy_without_barrier": f"{RACE}|{NOT_WRITTEN}",
+    "end_before_neighbour_has_read": "shared memory of a block that ends",
+    "no_such_neighbour": "no such block in the cluster",
     "assertion": r"device-side assert: data.fixed\[thread_of_grid\(\)\] < 0",
 }
 
 
-def provoke(name, blocks=4, together=True):
+def provoke(name, blocks=4, together=True, cluster=1):
     x, fixed = torch.zeros(64 * blocks), torch.arange(64.0 * blocks)
-    torch.ops.emulation.fault(name, x, fixed, together)
+    torch.ops.emulation.fault(name, x, fixed, together, cluster)
     return x, fixed
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_mistakes_are_found(name):
+    launched = {"together": False, "cluster": 2} if "neighbour" in name else {}
     for _ in range(3):  # in each order of threads
         with pytest.raises(RuntimeError, match=FAULTS[name]):
-            provoke(name)
+            provoke(name, **launched)
 
 
 def test_a_kernel_without_mistakes():

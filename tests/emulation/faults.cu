@@ -135,6 +135,19 @@ __global__ void copy_without_barrier(Data data) {
   data.x[thread_of_grid()] = shared[threadIdx.x ^ 1];
 }
 
+__global__ void end_before_neighbour_has_read(Data data) {
+  __shared__ float shared;
+  const auto cluster = cooperative_groups::this_cluster();
+  if (threadIdx.x == 0) shared = blockIdx.x;
+  cluster.sync();
+  data.x[thread_of_grid()] = *cluster.map_shared_rank(&shared, 1 - blockIdx.x % 2);
+}
+
+__global__ void no_such_neighbour(Data data) {
+  __shared__ float shared;
+  data.x[thread_of_grid()] = *cooperative_groups::this_cluster().map_shared_rank(&shared, 2);
+}
+
 __global__ void assertion(Data data) { assert(data.fixed[thread_of_grid()] < 0); }
 
 constexpr int kThreadsOfFault = 64;
@@ -161,14 +174,18 @@ constexpr std::pair<const char*, void (*)(Data)> kFaults[] = {
     FAULT(copy_before_it_is_there),
     FAULT(copy_without_waiting),
     FAULT(copy_without_barrier),
+    FAULT(end_before_neighbour_has_read),
+    FAULT(no_such_neighbour),
     FAULT(assertion),
 };
 
 // Runs the kernel of this name, over as many blocks as x has elements for.
-void fault(Name name, Tensor x, Tensor fixed, bool together) {
+void fault(Name name, Tensor x, Tensor fixed, bool together, int64_t cluster) {
   const Data data{x.mutable_data_ptr<float>(), fixed.const_data_ptr<float>()};
   for (const auto& [known, kernel] : kFaults)
-    if (known == name) return launch(x, {x.numel() / kThreadsOfFault, kThreadsOfFault, 512, together}, kernel, data);
+    if (known == name)
+      return launch(x, {x.numel() / kThreadsOfFault, kThreadsOfFault, 512, together, static_cast<int>(cluster)}, kernel,
+                    data);
   STD_TORCH_CHECK(false, "there is no fault of this name");
 }
 
@@ -181,7 +198,7 @@ void set_card(int64_t processors, int64_t shared_memory, bool clusters) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY(emulation, m) {
-  m.def("fault(str name, Tensor(a!) x, Tensor fixed, bool together) -> ()");
+  m.def("fault(str name, Tensor(a!) x, Tensor fixed, bool together, int cluster) -> ()");
   m.def("set_card(int processors, int shared_memory, bool clusters) -> ()");
 }
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <set>
 
@@ -211,6 +212,8 @@ int find_shared_memory(dl_phdr_info* info, size_t, void*) {
 }  // namespace
 
 bool launch(const Grid& grid, void (*call)(const void*), const void* arguments, size_t bytes) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
   dl_iterate_phdr(find_shared_memory, nullptr);
   message.clear();
   ++launches_so_far;
@@ -229,8 +232,7 @@ bool launch(const Grid& grid, void (*call)(const void*), const void* arguments, 
   return message.empty();
 }
 
-// --------------------------------------------------------------------------------------------------- what a thread
-// does
+// ------------------------------------------------------------------------------------------------------ by a thread
 
 void fail(const std::string& why) {
   message = why;

@@ -141,9 +141,12 @@ void check_access(const void* address, size_t bytes, bool writes) {
   if (within(address, shared_memory.begin, shared_memory.bytes))
     return check_shared(*running->block, static_cast<const unsigned char*>(address) - shared_memory.begin, bytes,
                         writes);
-  for (const Block& block : group.blocks)
-    if (within(address, block.shared.data(), block.shared.size()))
-      return check_shared(block, static_cast<const unsigned char*>(address) - block.shared.data(), bytes, writes);
+  for (const Block& block : group.blocks) {
+    if (!within(address, block.shared.data(), block.shared.size())) continue;
+    for (const Thread* thread : block.threads)
+      if (thread->ended) fail("access to the shared memory of a block that ends");
+    return check_shared(block, static_cast<const unsigned char*>(address) - block.shared.data(), bytes, writes);
+  }
   const bool is_constant =
       within(address, __ehdr_start, _end - __ehdr_start) || within(address, launched.call, launched.call_bytes);
   if (is_constant && !writes) return;
