@@ -106,7 +106,9 @@ def test_cross_entropy_of_long_rows(C, shared_memory, clusters, kind, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("shape", [(40, 8, 16, 24), (40, 3, 15, 17)], ids=["packs", "single"])
+@pytest.mark.parametrize(
+    "shape", [(40, 8, 16, 24), (40, 3, 15, 17), (75, 520, 2, 2)], ids=["packs", "single", "many-channels"]
+)
 @pytest.mark.parametrize("shared_memory", [99 * 1024, 8 * 1024], ids=["on-chip", "off-chip"])
 def test_batch_norm_of_channels_that_blocks_share(shared_memory, shape, memory_format, dtype):
     """In one launch, and in two."""
