@@ -17,6 +17,14 @@ ROOT = Path(__file__).parents[1]
 QUICK = ["--hidden", "16", "--steps", "240"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_a_run():
+    """Tests run side by side: threads of products as small as these would wait for each other's processors."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 def train(*args, **kwargs):
     command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
