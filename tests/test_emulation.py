@@ -17,12 +17,17 @@ from fused_ops._op import REFERENCES
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.emulation, "fault"), reason="needs make test-emulated")
 
 
+CARD = {"shared_memory": 99 * 1024, "clusters": True}  # as in tests/emulation/machine.h
+
+
 @contextlib.contextmanager
-def card(processors=4, shared_memory=99 * 1024, clusters=True):
-    """The emulated card has so many processors, and blocks so many bytes of shared memory."""
-    torch.ops.emulation.set_card(processors, shared_memory, clusters)
-    yield
-    torch.ops.emulation.set_card(4, 99 * 1024, True)
+def card(**changes):
+    """The emulated card has blocks with other bytes of shared memory, or no clusters."""
+    torch.ops.emulation.set_card(**{**CARD, **changes})
+    try:
+        yield
+    finally:
+        torch.ops.emulation.set_card(**CARD)
 
 
 RACE, NOT_WRITTEN = "race in shared memory", "shared memory that nobody has written"

@@ -1,7 +1,7 @@
 // Every access that a kernel makes to memory: compilers that instrument code for a thread sanitizer call the functions
 // at the foot of this file, which are ours.
 //
-// An access is in bounds, and of memory that its kernel may write, if it writes; as aligned as it is large; of shared
+// An access is in bounds, and of memory that its kernel may write, if it writes; its address suits its type; of shared
 // memory it reads what this block has written. Of two accesses to one place by different threads, one of which writes,
 // the first is before a barrier for both, the second behind it.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
