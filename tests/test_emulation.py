@@ -9,13 +9,10 @@ import pytest
 import torch
 from samples import OPS, Sample, leaf
 from samples.making import Case, Maker
-from test_mlp import calls_of_both_ops, examples, network, outputs_and_moved
+from test_mlp import assert_both_ops_match_references, examples, network
 from test_ops import assert_matches_torch
 
-from fused_ops._op import REFERENCES
-
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.emulation, "fault"), reason="needs make test-emulated")
-
 
 CARD = {"shared_memory": 99 * 1024, "clusters": True}  # as in tests/emulation/machine.h
 
@@ -98,15 +95,18 @@ LOSSES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("clusters", [True, False], ids=["clusters", "blocks"])
-@pytest.mark.parametrize("shared_memory", [99 * 1024, 24 * 1024], ids=["kept", "read-again"])
+@pytest.mark.parametrize("shared_memory", [CARD["shared_memory"], 24 * 1024], ids=["kept", "read-again"])
 @pytest.mark.parametrize("C", [5000, 40007])
 def test_cross_entropy_of_long_rows(C, shared_memory, clusters, kind, dtype):
     """Rows of a block or of a cluster, kept in shared memory or not, that don't begin at bounds of 16 bytes."""
-    make = Maker("long-rows", dtype, "cpu")
-    target = make.probabilities(3, C) if kind.startswith("probabilities") else make.indices(3, classes=C)
-    case = Case(lambda *_: Sample((make(3, C), target), LOSSES[kind]))
+
+    def build(*_):
+        make = Maker("long-rows", dtype, "cpu")
+        target = make.probabilities(3, C) if kind == "probabilities" else make.indices(3, classes=C)
+        return Sample((make(3, C), target), LOSSES[kind])
+
     with card(shared_memory=shared_memory, clusters=clusters):
-        assert_matches_torch(OPS["cross_entropy"], case, dtype, "cpu")
+        assert_matches_torch(OPS["cross_entropy"], Case(build), dtype, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -114,7 +114,7 @@ def test_cross_entropy_of_long_rows(C, shared_memory, clusters, kind, dtype):
 @pytest.mark.parametrize(
     "shape", [(40, 8, 16, 24), (40, 3, 15, 17), (75, 520, 2, 2)], ids=["packs", "single", "many-channels"]
 )
-@pytest.mark.parametrize("shared_memory", [99 * 1024, 8 * 1024], ids=["on-chip", "off-chip"])
+@pytest.mark.parametrize("shared_memory", [CARD["shared_memory"], 8 * 1024], ids=["on-chip", "off-chip"])
 def test_batch_norm_of_channels_that_blocks_share(shared_memory, shape, memory_format, dtype):
     """In one launch, and in two."""
 
@@ -130,13 +130,10 @@ def test_batch_norm_of_channels_that_blocks_share(shared_memory, shape, memory_f
         assert_matches_torch(OPS["batch_norm"], Case(build), dtype, "cpu")
 
 
-@pytest.mark.parametrize("shared_memory", [99 * 1024, 4 * 1024], ids=["fits", "does-not-fit"])
+@pytest.mark.parametrize("shared_memory", [CARD["shared_memory"], 4 * 1024], ids=["fits", "does-not-fit"])
 def test_networks_of_every_size(shared_memory):
-    for name, args in calls_of_both_ops(network(), *examples(20)):
-        op = getattr(torch.ops.fused_ops, name).default
-        with card(shared_memory=shared_memory):
-            ours = outputs_and_moved(op, args)
-        torch.testing.assert_close(ours, outputs_and_moved(REFERENCES[op], args), rtol=1e-4, atol=1e-5)
+    with card(shared_memory=shared_memory):
+        assert_both_ops_match_references(network(), *examples(20))
 
 
 def test_a_target_out_of_bounds_is_an_assertion():

@@ -137,6 +137,13 @@ def outputs_and_moved(op, args):
     return op(*args), args
 
 
+def assert_both_ops_match_references(net, X, Y):
+    for name, args in calls_of_both_ops(net, X, Y):
+        op = getattr(torch.ops.fused_ops, name).default
+        ours, theirs = (outputs_and_moved(f, args) for f in (op, REFERENCES[op]))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_the_references_have_another_name():
     """By which the CUDA kernel finds them, for networks that don't fit into the memory of a block."""
     for name, args in calls_of_both_ops(network(), *examples(20)):
@@ -148,10 +155,7 @@ def test_the_references_have_another_name():
 @NEEDS_CUDA
 @pytest.mark.parametrize("hidden", [H, 3000], ids=["cuda-fits", "cuda-does-not-fit"])  # 3000 units: 0.5 MB
 def test_networks_of_every_size(hidden):
-    for name, args in calls_of_both_ops(network(device="cuda", hidden=hidden), *examples(20, "cuda")):
-        op = getattr(torch.ops.fused_ops, name).default
-        ours, theirs = (outputs_and_moved(f, args) for f in (op, REFERENCES[op]))
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert_both_ops_match_references(network(device="cuda", hidden=hidden), *examples(20, "cuda"))
 
 
 @NEEDS_CUDA

@@ -32,6 +32,13 @@ bool in_kernel = false;
 SharedMemory shared_memory;
 std::string message;
 
+bool within(const void* address, const void* begin, size_t bytes) {
+  return static_cast<size_t>(static_cast<const char*>(address) - static_cast<const char*>(begin)) < bytes;
+}
+
+// One file may have its name in several copies.
+bool Place::operator==(const Place& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+
 std::string name(Place place) {
   const char* file = std::strrchr(place.file, '/');
   return std::string(file ? file + 1 : place.file) + ":" + std::to_string(place.line);
@@ -106,7 +113,7 @@ bool release(Thread* const* threads, size_t count, Barrier barrier) {
       message = "a thread ended where others wait for it: " + name(place);
       return false;
     }
-    if (waits(threads[i]) && name(threads[i]->place) != name(place)) {
+    if (waits(threads[i]) && !(threads[i]->place == place)) {
       message = "threads wait at different barriers: " + name(place) + ", " + name(threads[i]->place);
       return false;
     }
@@ -158,28 +165,27 @@ void put_in_order(std::vector<T>& things) {
 
 // Runs the blocks from `first` on, which are on the card together.
 void run_group(const Grid& grid, unsigned first, unsigned count) {
-  group = {launched.first_block + first, 0, {}};
+  group = {launched.first_block + first, 0, std::vector<Block>(count)};
   std::vector<Thread*> all;
-  for (unsigned b = 0; b < count; ++b) {
-    Block block{{first + b, 0, 0}, launched.first_block + first + b, static_cast<int>(b)};
-    for (unsigned t = 0; t < grid.threads.x; ++t) block.threads.push_back(fiber(all.size() + t));
-    all.insert(all.end(), block.threads.begin(), block.threads.end());
-    block.order = block.threads;
-    put_in_order(block.order);
-    if (count > 1) block.shared.resize(shared_memory.bytes);
-    group.blocks.push_back(std::move(block));
-  }
   std::vector<Block*> order;
   for (Block& block : group.blocks) {
-    order.push_back(&block);
-    for (size_t t = 0; t < block.threads.size(); ++t) {
-      Thread& thread = *block.threads[t];
-      thread.number = static_cast<int>(t);
-      thread.block = &block;
-      thread.waits_for = Barrier::kNone;
-      thread.ended = false;
-      thread.exchanges = 0;
+    const auto b = static_cast<unsigned>(order.size());
+    block.index = {first + b, 0, 0};
+    block.serial = group.serial + b;
+    if (count > 1) block.shared.resize(shared_memory.bytes);
+    for (unsigned t = 0; t < grid.threads.x; ++t) {
+      Thread* thread = fiber(all.size());
+      thread->number = static_cast<int>(t);
+      thread->block = &block;
+      thread->waits_for = Barrier::kNone;
+      thread->ended = false;
+      thread->exchanges = 0;
+      block.threads.push_back(thread);
+      all.push_back(thread);
     }
+    block.order = block.threads;
+    put_in_order(block.order);
+    order.push_back(&block);
   }
   put_in_order(order);
 
@@ -265,9 +271,7 @@ void exchange(unsigned mask, void* value, size_t bytes, int lane_mask, Place pla
 
 void copy_async(void* to, const void* from, size_t bytes) {
   const OutOfKernel out;
-  const auto is_shared = [](const void* at) {
-    return at >= shared_memory.begin && at < shared_memory.begin + shared_memory.bytes;
-  };
+  const auto is_shared = [](const void* at) { return within(at, shared_memory.begin, shared_memory.bytes); };
   const auto is_aligned = [=](const void* at) { return reinterpret_cast<uintptr_t>(at) % bytes == 0; };
   if (bytes != 4 && bytes != 8 && bytes != 16) fail("an asynchronous copy takes 4, 8 or 16 bytes");
   if (!is_aligned(to) || !is_aligned(from))

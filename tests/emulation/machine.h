@@ -41,6 +41,8 @@ extern Card card;
 struct Place {
   const char* file;
   int line;
+
+  bool operator==(const Place& other) const;
 };
 #define EMULATION_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -69,7 +71,6 @@ struct Thread {
 struct Block {
   uint3 index;
   uint32_t serial;    // no other block of this process has it
-  int slot;           // its number among those of its group
   uint32_t time = 0;  // how many barriers its threads have passed
   std::vector<Thread*> threads, order;
   std::vector<unsigned char> shared;  // what was put aside
@@ -112,6 +113,7 @@ struct SharedMemory {
   int64_t bytes, dynamic_begin;
 };
 extern SharedMemory shared_memory;
+bool within(const void* address, const void* begin, size_t bytes);
 
 // What a thread that runs does. These are functions, not in headers, since those are compiled as kernels are: each
 // access of theirs is checked. `wait` is until all whom it concerns do, at the same place.

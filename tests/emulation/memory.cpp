@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include <array>
-#include <map>
 #include <memory>
 #include <unordered_map>
 
@@ -44,7 +43,7 @@ using Page = std::array<Cell, kPage / kCell>;
 using Pages = std::unordered_map<uintptr_t, std::unique_ptr<Page>>;
 
 Pages global_pages;
-std::map<int, Pages> shared_pages;  // of each slot
+std::vector<Pages> shared_pages;  // of each block of the group
 
 Cell& cell_at(Pages& pages, uintptr_t address, uint32_t owner) {
   auto& page = pages[address / kPage];
@@ -78,15 +77,21 @@ void record(Cell& cell, bool writes, bool is_shared) {
   }
 }
 
+// Records what is done to so many bytes from an address on.
+void record(Pages& pages, uintptr_t first, size_t bytes, uint32_t owner, bool writes, bool is_shared) {
+  for (uintptr_t cell = first / kCell; cell <= (first + bytes - 1) / kCell; ++cell)
+    record(cell_at(pages, cell * kCell, owner), writes, is_shared);
+}
+
 void check_shared(const Block& owner, int64_t offset, size_t bytes, bool writes) {
   const int64_t in_dynamic = offset - shared_memory.dynamic_begin;
   if (in_dynamic >= 0 && in_dynamic < kMostSharedMemory &&
       in_dynamic + static_cast<int64_t>(bytes) > launched.dynamic_memory)
     fail("access beyond the block's dynamic shared memory, at byte " + std::to_string(in_dynamic) + " of " +
          std::to_string(launched.dynamic_memory));
-  Pages& pages = shared_pages[owner.slot];
-  for (uintptr_t at = offset / kCell; at <= (offset + bytes - 1) / kCell; ++at)
-    record(cell_at(pages, at * kCell, owner.serial), writes, true);
+  const size_t number = owner.serial - group.serial;
+  if (number >= shared_pages.size()) shared_pages.resize(number + 1);
+  record(shared_pages[number], offset, bytes, owner.serial, writes, true);
 }
 
 // Of a tensor that the op at work has asked for the address of. They may overlap.
@@ -99,10 +104,6 @@ std::vector<Extent> tensors;
 // The library itself, in which constants are.
 extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start[], _end[];
 
-bool within(const void* address, const void* begin, size_t bytes) {
-  return static_cast<size_t>(static_cast<const char*>(address) - static_cast<const char*>(begin)) < bytes;
-}
-
 void check_global(const void* address, size_t bytes, bool writes) {
   const auto first = reinterpret_cast<uintptr_t>(address);
   bool in_bounds = false, writable = false;
@@ -113,8 +114,7 @@ void check_global(const void* address, size_t bytes, bool writes) {
   }
   if (!in_bounds) fail("access to memory that is of no tensor");
   if (writes && !writable) fail("a tensor is written that the op has asked for only to read");
-  for (uintptr_t at = first / kCell; at <= (first + bytes - 1) / kCell; ++at)
-    record(cell_at(global_pages, at * kCell, launched.first_block), writes, false);
+  record(global_pages, first, bytes, launched.first_block, writes, false);
 }
 
 void note_tensor(AtenTensorHandle tensor, const void* data, bool writable) {
@@ -155,8 +155,7 @@ void check_access(const void* address, size_t bytes, bool writes) {
 
 }  // namespace emulation
 
-// --------------------------------------------------------------------------------------------------- what compilers
-// call
+// ------------------------------------------------------------------------------------------- by compilers and linkers
 
 // The linker has calls of these PyTorch functions come here instead (--wrap).
 extern "C" {
@@ -187,7 +186,10 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 // Of the host alone, in its shared_ptr: the kernels have no atomics.
 int __tsan_atomic32_fetch_add(volatile int* at, int value, int order) {
-  if (emulation::in_kernel) emulation::fail("atomics are not emulated");
+  if (emulation::in_kernel) {
+    const emulation::OutOfKernel out;
+    emulation::fail("atomics are not emulated");
+  }
   return __atomic_fetch_add(at, value, order);
 }
 void __tsan_read_range(void* address, size_t bytes) { check(address, bytes, false); }
