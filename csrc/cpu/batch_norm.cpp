@@ -285,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
         },
         [&](const Tile& t) {
           if (kept && dx) passes_from_dz.backward(l, t, z, kept, means, dx, nullptr);
-          if (!kept && (dx || dresidual)) passes.backward(l, t, z, g, means, dx, dresidual);
+          if (!kept) passes.backward(l, t, z, g, means, dx, dresidual);
         });
   });
   return {dx_out, dweight_out, dbias_out, dresidual_out};

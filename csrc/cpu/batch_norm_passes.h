@@ -70,13 +70,17 @@ template <typename A, typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const PreActivation<T>& f, const T* dy, Acc* dz_sum,
                                     Acc* dz_distance_sum, T* kept) {
   for (Acc* v : {dz_sum, dz_distance_sum}) std::fill(v + t.c_begin, v + t.c_end, Acc(0));
-  with_dz<A>(f, dy, [&, x = f.x, mean = f.mean](const auto& dz) {
-    with_kept<T>(dz, kept, [&](const auto& dz_kept) {
-      add_up(l, t, dz_sum, dz_distance_sum, [=](int64_t c, int64_t i) {
-        const Acc dz_i = dz_kept(c, i);
-        return Pair<Acc>{dz_i, dz_i * (widen(x[i]) - mean[c])};
-      });
+  const auto add = [&, x = f.x, mean = f.mean](const auto& dz) {
+    add_up(l, t, dz_sum, dz_distance_sum, [=](int64_t c, int64_t i) {
+      const Acc dz_i = dz(c, i);
+      return Pair<Acc>{dz_i, dz_i * (widen(x[i]) - mean[c])};
     });
+  };
+  with_dz<A>(f, dy, [&](const auto& dz) {
+    if constexpr (std::is_same_v<T, Acc>)
+      with_kept(dz, kept, add);
+    else
+      add(dz);  // `kept` would round it
   });
 }
 
@@ -90,17 +94,16 @@ struct Means {
 template <typename A, typename T, typename Acc = accumulate_t<T>>
 FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const PreActivation<T>& f, const T* dy,
                                         const Means<Acc>& means, T* dx, T* dresidual) {
+  if (!dx && !dresidual) return;
   with_dz<A>(f, dy, [&](const auto& dz) {
+    if (!dx) return write_each(l, t, dresidual, [=](int64_t c, int64_t i) { return narrow<T>(dz(c, i)); });
     with_kept(dz, dresidual, [&, x = f.x, mean = f.mean, scale = f.scale](const auto& dz_kept) {
-      if (dx && means.dz) {
+      if (means.dz)
         write_each(l, t, dx, [=, dz_mean = means.dz, slope = means.slope](int64_t c, int64_t i) {
           return narrow<T>(scale[c] * (dz_kept(c, i) - dz_mean[c] - (widen(x[i]) - mean[c]) * slope[c]));
         });
-      } else if (dx) {
+      else
         write_each(l, t, dx, [=](int64_t c, int64_t i) { return narrow<T>(scale[c] * dz_kept(c, i)); });
-      } else {
-        for_each(l, t, [=](int64_t c, int64_t i) { dz_kept(c, i); });
-      }
     });
   });
 }

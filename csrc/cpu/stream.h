@@ -13,16 +13,19 @@ namespace fused_ops {
 
 constexpr int64_t kStreamed = int64_t{1} << 22;  // bytes of an output, from which on it is written past the caches
 
-// n elements from a buffer in cache to memory.
+// n elements from a buffer in cache to memory, whole lines of it past the caches.
 template <typename T>
 inline void stream(const T* from, int64_t n, T* to) {
 #if defined(__SSE2__)
-  constexpr int64_t kEach = sizeof(__m128i) / sizeof(T);
-  const int64_t misaligned = reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) / sizeof(T);
-  const int64_t begin = std::min(n, (kEach - misaligned) % kEach), end = begin + (n - begin) / kEach * kEach;
+  constexpr int64_t kLine = 64, kVector = sizeof(__m128i), kOfLine = kLine / sizeof(T);
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(to) % kLine / sizeof(T);
+  const int64_t begin = std::min(n, (kOfLine - misaligned) % kOfLine), end = begin + (n - begin) / kOfLine * kOfLine;
   std::copy(from, from + begin, to);
-  for (int64_t i = begin; i < end; i += kEach)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  for (int64_t i = begin; i < end; i += kOfLine) {
+    const __m128i* line = reinterpret_cast<const __m128i*>(from + i);
+    __m128i* to_line = reinterpret_cast<__m128i*>(to + i);
+    for (int64_t v = 0; v < kLine / kVector; ++v) _mm_stream_si128(to_line + v, _mm_loadu_si128(line + v));
+  }
   std::copy(from + end, from + n, to + end);
 #else
   std::copy(from, from + n, to);

@@ -16,7 +16,13 @@ struct Tile {
   int64_t o_begin, o_end, c_begin, c_end, i_begin, i_end;
 
   int64_t rows() const { return o_end - o_begin; }
+  int64_t size() const { return rows() * (c_end - c_begin) * (i_end - i_begin); }
 };
+
+// The size of parts, none larger than `most`, that are about alike.
+inline int64_t even_size(int64_t size, int64_t most) {
+  return std::max<int64_t>(1, ceil_div(size, std::max<int64_t>(1, ceil_div(size, most))));
+}
 
 // f(c, index) for each element of a tile, at this index in memory. The inner loop runs along memory: over channels
 // where they come last, else over a channel's positions.
@@ -37,31 +43,29 @@ inline void for_each(const Layout& l, const Tile& t, const F& f) {
   }
 }
 
-// out[index] = value(c, index) for each element of a tile.
+// out[index] = value(c, index) for each element of a tile: at once, or in runs of memory that are streamed.
 template <typename T, typename Value>
 inline void write_each(const Layout& l, const Tile& t, T* out, const Value& value) {
-  if (l.outer * l.channels * l.inner * static_cast<int64_t>(sizeof(T)) < kStreamed)
-    return for_each(l, t, [=](int64_t c, int64_t i) { out[i] = value(c, i); });
-  constexpr int64_t kRun = 1024;  // elements
+  constexpr int64_t kRun = 4096 / sizeof(T);
   alignas(64) T run[kRun];
-  const bool channels_last = l.inner == 1;
-  const int64_t begin = channels_last ? t.c_begin : t.i_begin, end = channels_last ? t.c_end : t.i_end;
-  for (int64_t o = t.o_begin; o < t.o_end; ++o)
-    for (int64_t row_c = channels_last ? 0 : t.c_begin; row_c < (channels_last ? 1 : t.c_end); ++row_c) {
-      const int64_t row = (o * l.channels + row_c) * l.inner;
-      for (int64_t first = begin; first < end; first += kRun) {
-        const int64_t n = std::min(kRun, end - first), index = row + first;
-        if (channels_last) {
-#pragma omp simd
-          for (int64_t k = 0; k < n; ++k) run[k] = value(first + k, index + k);
-        } else {
-#pragma omp simd
-          for (int64_t k = 0; k < n; ++k) run[k] = value(row_c, index + k);
-        }
-        stream(run, n, out + index);
+  int64_t o_size = t.rows(), c_size = t.c_end - t.c_begin, i_size = t.i_end - t.i_begin;
+  const bool streamed = l.outer * l.channels * l.inner * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+  if (streamed) {
+    i_size = even_size(i_size, kRun);
+    c_size = i_size == l.inner ? std::min(c_size, kRun / i_size) : 1;
+    o_size = c_size * i_size == l.channels * l.inner ? std::min(o_size, kRun / (c_size * i_size)) : 1;
+  }
+  for (int64_t o = t.o_begin; o < t.o_end; o += o_size)
+    for (int64_t c = t.c_begin; c < t.c_end; c += c_size)
+      for (int64_t i = t.i_begin; i < t.i_end; i += i_size) {
+        const Tile part{o, std::min(o + o_size, t.o_end), c, std::min(c + c_size, t.c_end),
+                        i, std::min(i + i_size, t.i_end)};
+        const int64_t first = (o * l.channels + c) * l.inner + i;
+        T* to = streamed ? reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(run) - first * sizeof(T)) : out;
+        for_each(l, part, [=](int64_t c, int64_t index) { to[index] = value(c, index); });
+        if (streamed) stream(run, part.size(), out + first);
       }
-    }
-  finish_streams();
+  if (streamed) finish_streams();
 }
 
 template <typename Acc>
@@ -200,11 +204,6 @@ struct Tiling {
   void in_parallel(const F& f) const {
     const int64_t grain = std::max<int64_t>(1, kElementsPerTask / (o_size * c_size * i_size));
     parallel_for(0, parts * blocks, grain, f);
-  }
-
-  // The size of parts, none larger than `most`, that are about alike.
-  static int64_t even_size(int64_t size, int64_t most) {
-    return std::max<int64_t>(1, ceil_div(size, std::max<int64_t>(1, ceil_div(size, most))));
   }
 };
 
