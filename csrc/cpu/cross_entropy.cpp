@@ -16,6 +16,7 @@ namespace fused_ops {
 namespace {
 
 constexpr int64_t kLongRow = 128;      // so many classes are worth the merging of lanes
+constexpr int64_t kFewRows = 16;       // side by side, if less: a vector's lanes are more
 constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many elements stay in a near cache
 constexpr int64_t kStackSteps = 256;   // of a task's scratch, up to which it is on its stack
 
@@ -88,9 +89,11 @@ template <typename T, typename F>
 void for_rows_side_by_side(const Rows& rows, int64_t tasks, const Elements<T>& all, const F& f) {
   using Acc = accumulate_t<T>;
   const int64_t C = rows.C, D = rows.D, R = rows.R;
-  const bool gathered = D < kLanes;
+  // A row that is gathered has an element in each line of those beside it, which should still be in cache for these.
+  const bool gathered = D < kFewRows && C * D <= kBufferSize;
   const int64_t gatherings = gathered ? (all.y ? 4 : 2) : 0;  // x, dx, y, dy
-  const int64_t of_piece = ceil_div(kBufferSize, std::max<int64_t>(1, C) * kLanes) * kLanes;
+  const int64_t at_once = gathered ? kLanes : std::min(D, kLanes);
+  const int64_t of_piece = ceil_div(kBufferSize, std::max<int64_t>(1, C) * at_once) * at_once;
   Shares shares(R, of_piece, tasks);
 
   in_tasks<Acc>(tasks, C * (1 + gatherings), [&](int64_t task, Step<Acc>* scratch) {
@@ -105,14 +108,14 @@ void for_rows_side_by_side(const Rows& rows, int64_t tasks, const Elements<T>& a
       const int64_t end = std::min(R, *first + of_piece);
       for (int64_t r = *first, count; r < end; r += count) {
         if (gathered) {
-          count = std::min(kLanes, end - r);
+          count = std::min(at_once, end - r);
           gather(rows, r, count, all.x, x);
           if (all.y) gather(rows, r, count, all.y, y);
           f.block(Block<true>{C, count, kLanes}, r, in_cache, buffer);
           if (all.dx) scatter(rows, r, count, dx, all.dx);
           if (all.dy) scatter(rows, r, count, dy, all.dy);
         } else {
-          count = std::min({kLanes, D - r % D, end - r});
+          count = std::min({at_once, D - r % D, end - r});
           f.block(Block<true>{C, count, D}, r, all.from(rows.start(r)), buffer);
         }
       }

@@ -113,7 +113,7 @@ def cross_entropy_cases():
         return (make(4, 5, 3), make.indices(4, 3, classes=5)), {"z_loss": 0.1, "softcap": 2.0}
 
     # so many positions that they are taken side by side, some more than a block of them; and so few that they are not
-    for size, kind in itertools.product(((9, 15), (130,), (7, 3)), ("indices", "probabilities")):
+    for size, kind in itertools.product(((9, 15), (130,), (7, 3), (3, 2)), ("indices", "probabilities")):
 
         @case(f"{kind}-2x5x{'x'.join(map(str, size))}-everything", gradcheck=False)
         def _(make, size=size, kind=kind):
@@ -132,6 +132,14 @@ def cross_entropy_cases():
         @case(f"indices-3x200x66-{reduction}", gradcheck=False)
         def _(make, reduction=reduction):
             return (make(3, 200, 66), make.indices(3, 66, classes=200)), {"reduction": reduction, "ignore_index": 7}
+
+    @case("indices-3x1500x3", gradcheck=False)  # few positions, but too many classes for them to be gathered
+    def _(make):
+        return (make(3, 1500, 3), make.indices(3, 3, classes=1500)), {"ignore_index": 7}
+
+    @case("probabilities-3x1500x3", gradcheck=False)
+    def _(make):
+        return (make(3, 1500, 3), make.probabilities(3, 1500, 3)), {"label_smoothing": 0.1}
 
     @case("indices-300x21", gradcheck=False)  # several blocks of gathered rows
     def _(make):
