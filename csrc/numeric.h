@@ -39,10 +39,10 @@ FUSED_OPS_HOST_DEVICE inline float widen(c10::Half x) {
 #ifdef __CUDA_ARCH__
   return static_cast<float>(x);
 #else
-  const uint32_t sign = (x.x & 0x8000u) << 16, magnitude = (x.x & 0x7FFFu) << 13;
-  const float value = bit_cast<float>(magnitude) * 0x1p112f;  // from Half's exponent bias to float's; denormals too
-  const uint32_t bits = magnitude >= (0x7C00u << 13) ? magnitude | 0x7F800000u : bit_cast<uint32_t>(value);  // inf, NaN
-  return bit_cast<float>(sign | bits);
+  // Of the sign, extended, one bit stays. From Half's exponent bias to float's is a factor, for denormals, too.
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int16_t>(x.x)) << 13 & 0x8FFFE000u, inf = 31u << 23;
+  const float value = bit_cast<float>(bits) * 0x1p112f;
+  return bit_cast<float>((bits & inf) == inf ? bits | 0x7F800000u : bit_cast<uint32_t>(value));  // inf, NaN
 #endif
 }
 
@@ -56,16 +56,15 @@ FUSED_OPS_HOST_DEVICE inline T narrow(accumulate_t<T> x) {
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16;
     return T(static_cast<uint16_t>(x != x ? 0x7FC0u : rounded), T::from_bits());
   } else if constexpr (std::is_same_v<T, c10::Half>) {
-    const uint32_t sign = bit_cast<uint32_t>(x) & 0x80000000u;
-    const float magnitude = bit_cast<float>(bit_cast<uint32_t>(x) ^ sign);
-    // Normal numbers round in integers, from float's exponent bias to Half's. The small ones, whose result is denormal,
-    // round by an addition that leaves them just Half's denormal bits.
-    const uint32_t bits = bit_cast<uint32_t>(magnitude);
-    const uint32_t normal = (bits - (112u << 23) + 0xFFFu + ((bits >> 13) & 1)) >> 13;
-    const uint32_t denormal = bit_cast<uint32_t>(magnitude + 0.5f) - bit_cast<uint32_t>(0.5f);
-    const uint32_t finite = magnitude < 0x1p-14f ? denormal : normal;
-    const uint32_t half = magnitude != magnitude ? 0x7E00u : (magnitude >= 65520.0f ? 0x7C00u : finite);
-    return T(static_cast<uint16_t>((sign >> 16) | half), T::from_bits());
+    // |x|, from 2^e up to 2^(e + 1), is rounded to a multiple of 2^(e − 10), Half's last bit, by the addition of
+    // 2^(e + 13): that has the multiple in the low bits of the sum. Where Half is denormal e is −14.
+    const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7FFFFFFFu;
+    const uint32_t inf = (16u + 127u) << 23, least = (127u - 14u) << 23, from_e = 13u << 23;
+    const uint32_t finite = magnitude < inf ? magnitude : inf, exponent = finite & 0x7F800000u;
+    const uint32_t e = exponent > least ? exponent : least;
+    const uint32_t multiple = bit_cast<uint32_t>(bit_cast<float>(finite) + bit_cast<float>(e + from_e)) - (e + from_e);
+    const uint32_t half = x != x ? 0x7E00u : multiple + ((e - least) >> 13);
+    return T(static_cast<uint16_t>((bits >> 16 & 0x8000u) | half), T::from_bits());
   } else {
     return x;
   }
