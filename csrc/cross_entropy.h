@@ -102,11 +102,12 @@ struct Softcap {
 };
 
 // The target weights t_c of a row, in three forms; only class probabilities are elements in memory, of which the i-th
-// is that of class c, and have a gradient.
+// is that of class c, and have a gradient. of_class(c): for a loop over rows, where not each should ask for its weight.
 struct OneHot {  // t_c = 0, but for what the target itself has on top: that is the caller's
   static constexpr bool kDense = false, kProbabilities = false;
 
   FUSED_OPS_HOST_DEVICE OneHot row(int64_t) const { return *this; }
+  OneHot of_class(int64_t) const { return *this; }
   FUSED_OPS_HOST_DEVICE int operator()(int64_t, int64_t) const { return 0; }
 };
 
@@ -115,7 +116,13 @@ struct Smoothed {  // t_c = w_c: the caller multiplies by ε/C, and adds what th
   static constexpr bool kDense = true, kProbabilities = false;
   const Acc* w;  // or null
 
+  struct OfClass {
+    Acc w_c;
+    Acc operator()(int64_t, int64_t) const { return w_c; }
+  };
+
   FUSED_OPS_HOST_DEVICE Smoothed row(int64_t) const { return *this; }
+  OfClass of_class(int64_t c) const { return {w ? w[c] : Acc(1)}; }
   FUSED_OPS_HOST_DEVICE Acc operator()(int64_t c, int64_t) const { return w ? w[c] : Acc(1); }
 };
 
@@ -126,7 +133,15 @@ struct Probabilities {  // t_c = w_c·((1−ε)·y_c + ε/C)
   const Acc* w;  // or null
   Acc keep, share;
 
+  struct OfClass {
+    const T* y;
+    Acc w_c, keep, share;
+    Acc slope(int64_t) const { return keep * w_c; }
+    Acc operator()(int64_t, int64_t i) const { return w_c * (keep * widen(y[i]) + share); }
+  };
+
   FUSED_OPS_HOST_DEVICE Probabilities row(int64_t start) const { return {y + start, w, keep, share}; }
+  OfClass of_class(int64_t c) const { return {y, w ? w[c] : Acc(1), keep, share}; }
   FUSED_OPS_HOST_DEVICE Acc slope(int64_t c) const { return w ? keep * w[c] : keep; }  // dt/dy
   FUSED_OPS_HOST_DEVICE Acc operator()(int64_t c, int64_t i) const {
     const Acc t = keep * widen(y[i]) + share;

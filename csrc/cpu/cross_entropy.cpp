@@ -20,13 +20,31 @@ constexpr int64_t kFewRows = 16;       // side by side, if less: a vector's lane
 constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many elements stay in a near cache
 constexpr int64_t kStackSteps = 256;   // of a task's scratch, up to which it is on its stack
 
+FUSED_OPS_VECTORIZED bool all_in_bounds(const int64_t* y, int64_t R, int64_t C, int64_t ignore_index) {
+  int64_t outside = 0;
+#pragma omp simd reduction(+ : outside)
+  for (int64_t r = 0; r < R; ++r) outside += ((y[r] < 0) | (y[r] >= C)) & (y[r] != ignore_index);
+  return outside == 0;
+}
+
 // Throws where a target is out of bounds: later, inside parallel_for, nothing may.
 void check_targets(const Rows& rows) {
   if (rows.probabilities) return;
   const int64_t* y = rows.target.const_data_ptr<int64_t>();
+  if (all_in_bounds(y, rows.R, rows.C, rows.ignore_index)) return;
   for (int64_t r = 0; r < rows.R; ++r)
     if (y[r] != rows.ignore_index && (y[r] < 0 || y[r] >= rows.C))
       throw std::out_of_range("Target " + std::to_string(y[r]) + " is out of bounds.");
+}
+
+// Σ value(r) over all rows, in double and in an order that does not depend on the number of threads.
+template <typename Value>
+double sum_of_rows(int64_t R, const Value& value) {
+  constexpr int64_t kSums = 16;  // at once, since each waits for its last addition
+  double sums[kSums] = {};
+  for (int64_t r = 0; r < R; r += kSums)
+    for (int64_t i = 0; i < std::min(kSums, R - r); ++i) sums[i] += value(r + i);
+  return std::accumulate(sums, sums + kSums, 0.0);
 }
 
 // f(place in memory, place side by side) of every element of rows from r on, wherever they lie.
@@ -233,10 +251,8 @@ Tensor loss_of_rows(const Rows& rows, bool narrowed, Tensor* stats, Tensor* divi
     Acc* m = stats ? stats->mutable_data_ptr<Acc>() : nullptr;
     std::vector<Acc> losses(R);
 
-    // In order and in double: the same sum whatever the number of threads.
-    double kept_weight = 0;
-    for (int64_t r = 0; r < R; ++r)
-      if (!classes.ignored(r)) kept_weight += classes.weight(r);
+    const double kept_weight =
+        sum_of_rows(R, [&](int64_t r) { return classes.ignored(r) ? 0 : static_cast<double>(classes.weight(r)); });
     if (divisor) *divisor->mutable_data_ptr<Acc>() = static_cast<Acc>(kept_weight);
     const Acc g = 1 / (rows.mean ? static_cast<Acc>(kept_weight) : Acc(1));
 
@@ -248,7 +264,7 @@ Tensor loss_of_rows(const Rows& rows, bool narrowed, Tensor* stats, Tensor* divi
     });
 
     if (!rows.per_row) {
-      const double sum = std::accumulate(losses.begin(), losses.end(), 0.0);
+      const double sum = sum_of_rows(R, [&](int64_t r) { return static_cast<double>(losses[r]); });
       losses = {static_cast<Acc>(rows.mean ? sum / kept_weight : sum)};
     }
     if (loss_type == type)

@@ -50,6 +50,15 @@ struct FindMaxima {
   }
 };
 
+// The targets in a step: rows side by side have one class there.
+template <typename B, typename Targets>
+inline auto of_step(B block, const Targets& t, At at) {
+  if constexpr (B::kSideBySide)
+    return t.of_class(block.class_of(at, 0));
+  else
+    return t;
+}
+
 // z = Σ exp(s − m) of every row and, of dense targets, Σ t·(m − s); and if they are kept exp(s_c − m), in steps.
 template <bool kKept, typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
 struct Exponentiate {
@@ -69,11 +78,13 @@ struct Exponentiate {
 
     template <typename L>
     void step(At at, const L& for_lanes) {
+      const auto t_at = of_step(block, t, at);
       for_lanes([&](int64_t p) {
         const Acc below = m[p] - s(at, p), e_c = exp_of_softmax<T>(below);
         if constexpr (kKept) e[at.in_buffer + p] = e_c;
         sums[p] += p < at.seen ? 0 : e_c;
-        if constexpr (Targets::kDense) distances[p] += p < at.seen ? 0 : t(block.class_of(at, p), at.place + p) * below;
+        if constexpr (Targets::kDense)
+          distances[p] += p < at.seen ? 0 : t_at(block.class_of(at, p), at.place + p) * below;
       });
     }
     void finish() {
@@ -122,7 +133,8 @@ struct SumTargets {
 
     template <typename L>
     void step(At at, const L& for_lanes) {
-      for_lanes([&](int64_t p) { sums[p] += p < at.seen ? 0 : t(block.class_of(at, p), at.place + p); });
+      const auto t_at = of_step(block, t, at);
+      for_lanes([&](int64_t p) { sums[p] += p < at.seen ? 0 : t_at(block.class_of(at, p), at.place + p); });
     }
     void finish() { sums.template add_up<B>(t_sum); }
   };
@@ -197,20 +209,23 @@ struct WriteGradient {
     OfGroup<B, Acc> a, g_t, g_y;
     OfGroup<B, int32_t> y;
     T* dx;
-    T dx_y = kOneClass ? gradient(At{y[0], y[0], 0}, 0, true) : T(0);
+    T dx_y = kOneClass ? gradient(t, At{y[0], y[0], 0}, 0, true) : T(0);
 
-    T gradient(At at, int64_t p, bool is_class) const {
+    template <typename OfStep>
+    T gradient(const OfStep& t_at, At at, int64_t p, bool is_class) const {
       const Acc s_c = s(at, p);
       Acc q = a[p] * e(at, p, s_c);
-      if constexpr (Targets::kDense) q -= g_t[p] * t(block.class_of(at, p), at.place + p);
+      if constexpr (Targets::kDense) q -= g_t[p] * t_at(block.class_of(at, p), at.place + p);
       if constexpr (!Targets::kProbabilities) q -= is_class ? g_y[p] : 0;
       q *= s.cap.slope(s_c);
       return Targets::kDense ? narrow<T>(q) : narrow_away<T>(q);  // t could be any NaN
     }
     template <typename L>
     void step(At at, const L& for_lanes) {
-      for_lanes(
-          [&](int64_t p) { dx[at.place + p] = gradient(at, p, B::kSideBySide && y[p] == at.in_buffer / kLanes); });
+      const auto t_at = of_step(block, t, at);
+      for_lanes([&](int64_t p) {
+        dx[at.place + p] = gradient(t_at, at, p, B::kSideBySide && y[p] == at.in_buffer / kLanes);
+      });
     }
     void finish() {
       if constexpr (kOneClass) dx[y[0]] = dx_y;
@@ -250,9 +265,10 @@ struct WriteTargetGradient {
 
     template <typename L>
     void step(At at, const L& for_lanes) {
+      const auto t_at = of_step(block, t, at);
       for_lanes([&](int64_t p) {
         const Acc neg_logp = log_z[p] - (s(at, p) - m[p]);
-        dy[at.place + p] = narrow<T>(g[p] * t.slope(block.class_of(at, p)) * neg_logp);
+        dy[at.place + p] = narrow<T>(g[p] * t_at.slope(block.class_of(at, p)) * neg_logp);
       });
     }
     void finish() {}
