@@ -20,20 +20,25 @@ constexpr int64_t kFewRows = 16;       // side by side, if less: a vector's lane
 constexpr int64_t kBufferSize = 4096;  // of the rows that make a block: so many elements stay in a near cache
 constexpr int64_t kStackSteps = 256;   // of a task's scratch, up to which it is on its stack
 
-FUSED_OPS_VECTORIZED bool all_in_bounds(const int64_t* y, int64_t R, int64_t C, int64_t ignore_index) {
-  int64_t outside = 0;
-#pragma omp simd reduction(+ : outside)
-  for (int64_t r = 0; r < R; ++r) outside += ((y[r] < 0) | (y[r] >= C)) & (y[r] != ignore_index);
-  return outside == 0;
+// Without branches, so that compilers vectorise a loop over it.
+inline bool out_of_bounds(int64_t y, int64_t C, int64_t ignore_index) {
+  return ((y < 0) | (y >= C)) & (y != ignore_index);
+}
+
+FUSED_OPS_VECTORIZED bool any_out_of_bounds(const int64_t* y, int64_t R, int64_t C, int64_t ignore_index) {
+  int64_t count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int64_t r = 0; r < R; ++r) count += out_of_bounds(y[r], C, ignore_index);
+  return count > 0;
 }
 
 // Throws where a target is out of bounds: later, inside parallel_for, nothing may.
 void check_targets(const Rows& rows) {
   if (rows.probabilities) return;
   const int64_t* y = rows.target.const_data_ptr<int64_t>();
-  if (all_in_bounds(y, rows.R, rows.C, rows.ignore_index)) return;
+  if (!any_out_of_bounds(y, rows.R, rows.C, rows.ignore_index)) return;
   for (int64_t r = 0; r < rows.R; ++r)
-    if (y[r] != rows.ignore_index && (y[r] < 0 || y[r] >= rows.C))
+    if (out_of_bounds(y[r], rows.C, rows.ignore_index))
       throw std::out_of_range("Target " + std::to_string(y[r]) + " is out of bounds.");
 }
 
