@@ -43,11 +43,11 @@ test-other: $(INSTALLED)
 	$(VENV)-other/bin/python -m pytest -n auto $(ARGS)
 
 # Each op beside its reference, above all. Streamed outputs, of several MB, are no different there.
-EMULATED := emulation ops made_gradients mlp functional
+EMULATED := emulation ops made_gradients products mlp functional
 test-emulated: $(INSTALLED)
 	$(MAKE) --no-print-directory --jobs $(shell nproc) --file tests/emulation/Makefile PYTHON=$(VENV)/bin/python
 	$(VENV)/bin/python -m pytest -n auto --kernels build/emulated/kernels.so $(EMULATED:%=tests/test_%.py) \
-	  -k "emulation or made_gradients or cpu and (undecorated or sgd_steps or bounds) and not streamed" $(ARGS)
+	  -k "emulation or made_gradients or products or cpu and (undecorated or sgd_steps or bounds) and not streamed" $(ARGS)
 
 test-cuda: card
 	$(VENV)/bin/python -m pytest -n auto -k cuda $(ARGS)

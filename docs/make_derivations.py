@@ -28,6 +28,7 @@ SECTIONS = (
     ("## Linear cross-entropy", OPS + "linear_cross_entropy.py", (None,)),
     ("### Forward", OPS + "linear_cross_entropy.py", ("linear_cross_entropy_forward",)),
     ("### First derivative", OPS + "linear_cross_entropy.py", ("linear_cross_entropy_backward",)),
+    ("### In chunks", OPS + "linear_cross_entropy_chunks.py", (None,)),
     ("### Second derivatives and forward mode", OPS + "linear_cross_entropy_derivatives.py", (None,)),
     ("## Batch norm", OPS + "batch_norm.py", (None,)),
     ("### Forward", OPS + "batch_norm.py", ("batch_norm_forward",)),

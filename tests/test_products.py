@@ -1,19 +1,32 @@
-"""Linear cross-entropy by products of 16-bit matrices that are summed and returned in float32.
+"""Linear cross-entropy by products of 16-bit matrices that are summed in float32, in chunks.
 
-PyTorch has these on CUDA alone. Here they are made up on the CPU, in float32, of what the op hands to them.
+PyTorch has those that return float32 on CUDA alone. On the CPU they are made up here, in float32, of what the op hands
+to them.
 """
+
+import weakref
 
 import pytest
 import torch
+from checks import F64, FLOATS, assert_as_near, copies, every_device, run, tensors
+from samples import OPS
+from samples.making import Maker
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_ops.functional as F
+from fused_ops._op import REFERENCES, accumulate_dtype
+from fused_ops.ops.cross_entropy_derivatives import dense_targets
+from fused_ops.ops.linear_cross_entropy_chunks import forward_in_chunks
 
 N, H, C = 50, 24, 40
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
 @pytest.fixture
 def products():
-    """The shapes of the products made so far."""
+    """The shapes of the products that returned float32 on the CPU so far."""
     made = []
 
     def addmm(self, mat1, mat2, out_dtype, *, beta=1, alpha=1, out):
@@ -42,7 +55,7 @@ def unfused(x, W, target, *, linear_bias, **options):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@every_dtype
 def test_as_exact_as_pytorch(dtype, reduction, products):
     generator = torch.Generator().manual_seed(0)
     shapes = (N, H), (C, H), (C,)
@@ -56,14 +69,86 @@ def test_as_exact_as_pytorch(dtype, reduction, products):
     for actual, theirs, expected in zip(ours, eager, exact, strict=True):
         assert actual.dtype == dtype
         assert torch.dist(actual.double(), expected) <= 1.5 * torch.dist(theirs.double(), expected)
-
-    chunk = [(17, H, C), (C, 17, H)]  # logits, dW; the last one is shorter
-    last = [(16, H, C), (C, 16, H)]
-    logits_before = reduction == "none" or dtype == torch.float16  # the gradients come in the backward pass
-    assert products == [product[0] for product in [chunk, chunk, last] if logits_before] + chunk + chunk + last
+    # those of half of the weight's gradient, by chunks of rows, of which the last one is shorter
+    assert products == [(C // 2, 17, H), (C // 2, 17, H), (C // 2, 16, H)]
 
 
 def test_float32_is_multiplied_as_ever(products):
     tensors = torch.randn(N, H), torch.randn(C, H), torch.randn(C)
     gradients(F.linear_cross_entropy, tensors, torch.randint(C, (N,)), 1.0, torch.float32)
     assert products == []
+
+
+@pytest.mark.usefixtures("products")
+@every_dtype
+@pytest.mark.parametrize("name", OPS["linear_cross_entropy"].cases)
+def test_kernel_matches_torch(name, dtype):
+    op = OPS["linear_cross_entropy"]
+    sample = op.cases[name].build(dtype, "cpu")
+    assert_as_near(run(op.function, sample), run(op.torch_function, sample), run(op.torch_function, sample, F64))
+
+
+OPTIONS = {"plain": {}, "everything": {"weight": True, "label_smoothing": 0.2, "z_loss": 0.05, "softcap": 3.0}}
+
+
+@every_device
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("classes", "first", "n"), [(40, 0, 17), (40, 17, 23), (6000, 1003, 3000), (40, 9, 0)])
+def test_a_slice_is_that_of_the_whole(classes, first, n, options, dtype, device):
+    """The op beside the columns of all logits' gradient, and beside its undecorated reference."""
+    make, ignore_index = Maker("slices", dtype, device), 7
+    logits, dloss = make(20, classes, requires_grad=False), make(20, dtype=accumulate_dtype(dtype), requires_grad=False)
+    target = make.indices(20, classes=classes)
+    target[3], target[5] = ignore_index, first
+    weight, eps, z_loss, softcap = map(OPTIONS[options].get, OPTIONS["everything"])
+    weight = make.weights(classes, requires_grad=False) if weight else None
+    smooth = ignore_index, "none", eps or 0.0, z_loss or 0.0, softcap
+    _, stats, divisor = torch.ops.fused_ops.cross_entropy_forward(logits, target, weight, *smooth)
+    saved = logits, target, weight, stats, divisor
+    whole, _ = torch.ops.fused_ops.cross_entropy_backward(dloss, *saved, *smooth, True, False)
+    t, _ = dense_targets(target, weight, ignore_index, eps or 0.0, logits.to(stats.dtype))
+    A = t.sum(1) + 2 * (z_loss or 0.0) * stats.sum(0)
+
+    op = torch.ops.fused_ops.cross_entropy_slice_backward_.default
+    part = logits[:, first : first + n].contiguous()
+    args = dloss, part, target, weight, stats, A, first, classes, ignore_index, eps or 0.0, softcap
+    results = torch.library.opcheck(op, copies(args), test_utils=["test_schema", "test_faketensor"])
+    assert set(results.values()) == {"SUCCESS"}
+    of_kernel, of_reference = copies(args), copies(args)
+    op(*of_kernel)
+    REFERENCES[op](*of_reference)
+    assert_close(of_kernel[1], whole[:, first : first + n])
+    assert_close(of_kernel[1], of_reference[1])
+    assert not of_kernel[1][3].any()
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors that ops return, until they are gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tensors([args, kwargs])}
+        for storage in {t.untyped_storage() for t in tensors(out)}:
+            if storage._cdata not in known | self.sizes.keys():
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+
+@every_dtype
+def test_no_more_memory_than_a_chunk(dtype, products):
+    """Beyond inputs and gradients: the logits of a chunk, and little more."""
+    rows, features, classes, chunk_size = 512, 64, 8192, 64
+    x, W, b = (torch.randn(*shape, dtype=dtype) for shape in [(rows, features), (classes, features), (classes,)])
+    target = torch.randint(classes, (rows,))
+    options = -100, "mean", 0.0, 0.0, None, classes, chunk_size, [True, True, True, False]
+    with Memory() as memory:
+        results = forward_in_chunks(x, W, b, target, None, *options)
+    assert products, "no products of 16 bits"
+    assert memory.peak - sum(t.nbytes for t in results) < 1.2 * chunk_size * classes * dtype.itemsize

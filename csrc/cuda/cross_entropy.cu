@@ -22,6 +22,9 @@ struct DeviceRows {
   const int64_t* y;  // null for class probabilities
   int64_t N, C, ignore_index;
   Acc label_smoothing, z_loss;
+  // Where x has a slice of the classes: the first, how many there are in all, and A of each row, which takes all.
+  int64_t first = 0, classes = C;
+  const Acc* A = nullptr;
 
   explicit DeviceRows(const Rows& rows)
       : x(rows.logits.const_data_ptr<T>()),
@@ -37,7 +40,7 @@ struct DeviceRows {
   __device__ int64_t target(int64_t n) const {
     if (!y) return 0;
     if (y[n] == ignore_index) return -1;
-    const bool in_bounds = y[n] >= 0 && y[n] < C;
+    const bool in_bounds = y[n] >= 0 && y[n] < classes;
     if (!in_bounds) printf("Target %lld is out of bounds.\n", static_cast<long long>(y[n]));
     assert(in_bounds);
     return in_bounds ? y[n] : -1;
@@ -99,7 +102,7 @@ struct Common {
   // `t_sum` is sum_targets, which with smoothing is Σ w.
   template <typename T>
   __device__ Common(const DeviceRows<T>& rows, int64_t y, Acc t_sum, Acc m, Acc log_z, Acc g)
-      : y(y), m(m), log_z(log_z), g(g), share(rows.label_smoothing / rows.C) {
+      : y(y), m(m), log_z(log_z), g(g), share(rows.label_smoothing / rows.classes) {
     nll = rows.y && y >= 0 ? (1 - rows.label_smoothing) * rows.weight(y) : Acc(0);
     A = nll + (rows.y ? share * t_sum : t_sum) + 2 * rows.z_loss * (m + log_z);
   }
@@ -210,23 +213,26 @@ __global__ void FUSED_OPS_ROW_BLOCK(T)
     row_gradients(Deal deal, DeviceRows<T> rows, Cap cap, Targets targets, const Acc* m, const Acc* log_z,
                   const Acc* dlosses, bool per_row, const Acc* divisor, T* dlogits, T* dtarget) {
   Part<T> part(deal, rows.x, rows.N, rows.C);
+  part.first += rows.first;
   const auto t = targets.row(part.start);
   part.keep(deal);
-  const Acc t_sum = sum_targets(part, t);
+  const Acc t_sum = rows.A ? Acc(0) : sum_targets(part, t);
   if (part.n >= rows.N) return;
 
   const Acc g = dlosses[per_row ? part.n : 0] / (divisor ? *divisor : Acc(1));
-  const Common<Acc> row(rows, rows.target(part.n), t_sum, m[part.n], log_z[part.n], g);
+  Common<Acc> row(rows, rows.target(part.n), t_sum, m[part.n], log_z[part.n], g);
+  if (rows.A) row.A = rows.A[part.n];
   write_gradients(part, cap, t, row, dlogits, dtarget);
 }
 
 template <typename T, typename Acc = accumulate_t<T>>
-void launch_gradients(const Rows& rows, const RowGradients& gradients, T* dlogits, T* dtarget) {
+void launch_gradients(const Rows& rows, const DeviceRows<T>& on_device, const RowGradients& gradients, T* dlogits,
+                      T* dtarget) {
   if (rows.C == 0) return;
   const Acc* stats = gradients.stats.const_data_ptr<Acc>();
   dispatch_forms<T>(rows, [&](auto cap, auto targets) {
-    launch_rows<T>(rows.logits, rows.R, rows.C, row_gradients<T, decltype(cap), decltype(targets)>, DeviceRows<T>(rows),
-                   cap, targets, stats, stats + rows.R, gradients.dlosses.const_data_ptr<Acc>(), rows.per_row,
+    launch_rows<T>(rows.logits, rows.R, rows.C, row_gradients<T, decltype(cap), decltype(targets)>, on_device, cap,
+                   targets, stats, stats + rows.R, gradients.dlosses.const_data_ptr<Acc>(), rows.per_row,
                    rows.mean ? gradients.divisor.const_data_ptr<Acc>() : nullptr, dlogits, dtarget);
   });
 }
@@ -342,7 +348,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(Tensor dloss, Tensor logits, T
   if (dlogits.numel() || dtarget.numel())
     dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
       using T = decltype(scalar);
-      launch_gradients<T>(rows, gradients, data_or_null<T>(dlogits), data_or_null<T>(dtarget));
+      launch_gradients<T>(rows, DeviceRows<T>(rows), gradients, data_or_null<T>(dlogits), data_or_null<T>(dtarget));
     });
   return {from_rows(dlogits, logits), from_rows(dtarget, logits)};
 }
@@ -357,10 +363,32 @@ Tensor cross_entropy_backward_(Tensor dloss, Tensor logits, Tensor target, std::
   Tensor dtarget = gradient_or_nothing(rows, needs_target && rows.probabilities);
   dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
     using T = decltype(scalar);
-    launch_gradients<T>(rows, gradients, dlogits.mutable_data_ptr<T>(), data_or_null<T>(dtarget));
+    launch_gradients<T>(rows, DeviceRows<T>(rows), gradients, dlogits.mutable_data_ptr<T>(), data_or_null<T>(dtarget));
   });
   if (logits.dim() == 3) torch::stable::copy_(logits, from_rows(dlogits, logits));
   return from_rows(dtarget, logits);
+}
+
+void cross_entropy_slice_backward_(Tensor dloss, Tensor logits, Tensor target, std::optional<Tensor> weight,
+                                   Tensor stats, Tensor A, int64_t first, int64_t classes, int64_t ignore_index,
+                                   double label_smoothing, std::optional<double> softcap) {
+  STD_TORCH_CHECK(logits.is_contiguous() && logits.dim() == 2, "logits should be contiguous rows, to be written over");
+  STD_TORCH_CHECK(0 <= first && first + logits.size(1) <= classes, "the slice should be one of the classes");
+  Rows rows(logits, target, std::nullopt, ignore_index, "none", label_smoothing, 0, softcap);
+  STD_TORCH_CHECK(!rows.probabilities, "target should be class indices");
+  rows.weight = weight_of_classes(weight, classes, logits);
+  const RowGradients gradients(rows, dloss, stats, empty_divisor(rows));  // nothing is divided
+  const Tensor of_rows = as_contiguous(A);
+  check_vector(of_rows, rows.R, accumulate_type(logits.scalar_type()), "A");
+  check_same_device(of_rows, logits, "A");
+  dispatch_floating(logits.scalar_type(), "cross_entropy", [&](auto scalar) {
+    using T = decltype(scalar);
+    DeviceRows<T> on_device(rows);
+    on_device.first = first;
+    on_device.classes = classes;
+    on_device.A = of_rows.const_data_ptr<accumulate_t<T>>();
+    launch_gradients<T>(rows, on_device, gradients, logits.mutable_data_ptr<T>(), nullptr);
+  });
 }
 
 }  // namespace fused_ops
@@ -371,4 +399,5 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ops, CUDA, m) {
   m.impl("cross_entropy_scale_", TORCH_BOX(&fused_ops::cross_entropy_scale_));
   m.impl("cross_entropy_backward", TORCH_BOX(&fused_ops::cross_entropy_backward));
   m.impl("cross_entropy_backward_", TORCH_BOX(&fused_ops::cross_entropy_backward_));
+  m.impl("cross_entropy_slice_backward_", TORCH_BOX(&fused_ops::cross_entropy_slice_backward_));
 }

@@ -19,18 +19,15 @@ out in the forward pass, while the chunk's logits are there, and the backward pa
 "none", float16, a second backward pass, second derivatives) it computes the logits once more.
 """
 
-import math
 from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor, is_grad_enabled
 
 from fused_ops._op import (
-    accumulate_dtype,
     below_autograd,
     define,
     differentiable,
-    has_kernel,
     is_autocast_enabled,
     looped,
     save,
@@ -46,7 +43,7 @@ from fused_ops.ops._logits import (
     is_one,
     without_classes,
 )
-from fused_ops.ops.cross_entropy_derivatives import mean_weights, reduced, row_gradient
+from fused_ops.ops.linear_cross_entropy_chunks import backward_in_chunks, default_chunk_size, forward_in_chunks
 from fused_ops.ops.linear_cross_entropy_derivatives import accumulated, gradients_along, linear_logits, loss_along
 
 
@@ -114,78 +111,8 @@ def linear_cross_entropy_backward(
     return *(t.to(input.dtype) for t in made), dtarget.to(target.dtype if needs[3] else input.dtype)
 
 
-def _forward_in_chunks(input, linear_weight, linear_bias, target, weight, ignore_index, reduction, *others):
-    divisor = mean_weights(target, weight, ignore_index, accumulate_dtype(input.dtype)).sum()  # ()
-    g = row_gradient(torch.ones_like(divisor), reduction, divisor, target.shape[0])[:, 0]  # (N·D)
-    tensors = input, linear_weight, linear_bias, target, weight
-    losses, *gradients = _in_chunks(g, *tensors, ignore_index, *others)
-    return reduced(losses, reduction, divisor), divisor, *gradients
-
-
-def _backward_in_chunks(dloss, input, linear_weight, linear_bias, target, weight, divisor, ignore_index, *others):
-    reduction, *others = others
-    g = row_gradient(dloss.to(divisor.dtype), reduction, divisor, target.shape[0])[:, 0]  # (N·D)
-    _, *gradients = _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_index, *others)
-    return tuple(gradients)
-
-
-def _in_chunks(g, input, linear_weight, linear_bias, target, weight, ignore_index, *others):
-    """The losses of all rows, (N·D,), and the gradients that are needed where g_n comes back to row n's loss."""
-    *smooth, classes, chunk_size, needs = others
-    W = linear_weight.to(_product_dtype(input))
-    D = W.shape[0] // classes
-    N = input.shape[0]
-    chunks = max(1, math.ceil(N / chunk_size))
-    chunk_size = max(1, math.ceil(N / chunks))  # as many chunks, but of about the same size
-    losses = g.new_empty(target.shape[0])  # (N·D)
-    room = g.new_empty(chunk_size, W.shape[0])  # for the logits of a chunk
-    dinput = input.new_empty(input.shape) if needs[0] else input.new_empty(0)
-    dW, db = g.new_empty(W.shape if needs[1] else 0), g.new_zeros(W.shape[0] if needs[2] else 0)
-    dtarget = target.new_empty(target.shape) if needs[3] else input.new_empty(0)
-    with torch.autocast(input.device.type, enabled=False):  # the caller has cast what there was to cast
-        for start in range(0, N, chunk_size):
-            examples = slice(start, start + chunk_size)
-            rows = slice(start * D, (start + chunk_size) * D)
-            x, y = input[examples].to(W.dtype), target[rows]  # (n, H), (n·D) or (n·D, C)
-            y = y.to(g.dtype) if y.is_floating_point() else y
-            z = room[: x.shape[0]]  # (n, D·C)
-            if linear_bias is not None:
-                z.copy_(linear_bias)
-            _multiply(x, W.t(), out=z, add=linear_bias is not None)
-            logits = z.view(-1, classes)  # (n·D, C)
-            losses[rows], *saved = ce.forward_op(logits, y, weight, ignore_index, "none", *smooth)
-            if not any(needs):
-                continue
-            dy = ce.backward_op_(g[rows], logits, y, weight, *saved, ignore_index, "none", *smooth, needs[3])
-            if needs[2]:
-                db += z.sum(0)  # (D·C): the gradient lies where the logits were
-            dz = z.to(W.dtype)  # (n, D·C)
-            if needs[0]:
-                dinput[examples] = torch.mm(dz, W)  # (n, H)
-            if needs[1]:
-                _multiply(dz.t(), x, out=dW, add=start > 0)  # (D·C, H)
-            if needs[3]:
-                dtarget[rows] = dy
-    if N == 0:
-        dW.zero_()
-    return losses, dinput, dW.to(input.dtype), db.to(input.dtype), dtarget
-
-
-def _product_dtype(input):
-    """The dtype in which matrices are multiplied: that of the input, of 16 bits, too, where the device has products of
-    these that are summed and returned in float32, as CUDA's are; else the accumulate dtype."""
-    sums = has_kernel("aten::addmm.dtype_out", input.device.type)
-    return input.dtype if sums else accumulate_dtype(input.dtype)
-
-
-def _multiply(a, b, *, out, add):
-    """out = a·b, or out + a·b, in the dtype of `out`."""
-    dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    torch.addmm(out, a, b, beta=float(add), out=out, **dtype)  # beta = 0 reads nothing from out
-
-
-_forward = define(linear_cross_entropy_forward, implementation=_forward_in_chunks)
-_backward = define(linear_cross_entropy_backward, implementation=_backward_in_chunks)
+_forward = define(linear_cross_entropy_forward, implementation=forward_in_chunks)
+_backward = define(linear_cross_entropy_backward, implementation=backward_in_chunks)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -304,7 +231,8 @@ def linear_cross_entropy(
         options: PyTorch's `LinearCrossEntropyOptions`. Its `batch_chunk_size` serves as `chunk_size`; its other fields
             choose what PyTorch's own op gives up, and change nothing here.
         chunk_size: how many rows of `input` have their logits in memory at a time. The default, a half of H and at
-            least 128, makes them small beside `linear_weight` and still keeps the matrix products efficient.
+            least 128 or, where 16-bit types are multiplied as such (CUDA), 1,024, makes them small beside all logits
+            and still keeps the matrix products efficient.
 
     Returns:
         The loss, in nats: () or, for "none", of the shape of class indices; of the dtype of `input` or, under autocast
@@ -331,7 +259,7 @@ def linear_cross_entropy(
     x = input.reshape(-1, H)  # (N, H)
     now = in_forward_pass(reduction, x.dtype)
     needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
-    settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or max(128, H // 2)
+    settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or default_chunk_size(x)
     (loss,) = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
     loss = in_dtype(loss, torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype)
     return loss.reshape(without_classes(shape)) if reduction == "none" else loss
