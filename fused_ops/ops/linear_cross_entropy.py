@@ -43,7 +43,7 @@ from fused_ops.ops._logits import (
     is_one,
     without_classes,
 )
-from fused_ops.ops.linear_cross_entropy_chunks import backward_in_chunks, default_chunk_size, forward_in_chunks
+from fused_ops.ops.linear_cross_entropy_chunks import backward_in_chunks, forward_in_chunks
 from fused_ops.ops.linear_cross_entropy_derivatives import accumulated, gradients_along, linear_logits, loss_along
 
 
@@ -59,7 +59,7 @@ def linear_cross_entropy_forward(
     z_loss: float,
     softcap: Optional[float],
     classes: int,
-    chunk_size: int,
+    chunk_size: Optional[int],
     needs: List[bool],
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss = cross_entropy(x·Wᵀ + b, y), and its gradients for dloss = 1.
@@ -89,7 +89,7 @@ def linear_cross_entropy_backward(
     z_loss: float,
     softcap: Optional[float],
     classes: int,
-    chunk_size: int,
+    chunk_size: Optional[int],
     needs: List[bool],
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """dz = ∂L/∂z of cross-entropy; then dx = dz·W, dW = dzᵀ·x and db = Σ_n dz_n, summed in the accumulate dtype.
@@ -259,7 +259,7 @@ def linear_cross_entropy(
     x = input.reshape(-1, H)  # (N, H)
     now = in_forward_pass(reduction, x.dtype)
     needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
-    settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size or default_chunk_size(x)
+    settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size
     (loss,) = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
     loss = in_dtype(loss, torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype)
     return loss.reshape(without_classes(shape)) if reduction == "none" else loss

@@ -22,6 +22,7 @@ from torch import Tensor
 from fused_ops._op import accumulate_dtype, define, directly, has_kernel
 from fused_ops.ops import cross_entropy as ce
 from fused_ops.ops.cross_entropy_derivatives import class_targets, mean_weights, reduced, row_gradient, softcapped
+from fused_ops.ops.linear_cross_entropy_derivatives import default_chunk_size
 
 
 def cross_entropy_slice_backward_(
@@ -57,12 +58,6 @@ def cross_entropy_slice_backward_(
 _slice_backward_ = directly(define(cross_entropy_slice_backward_, mutates_args=("logits",)))
 
 
-def default_chunk_size(input):
-    """How many rows have their logits in memory at a time: few enough that these are small beside `linear_weight`, and
-    enough for efficient products. Those of 16 bits take less time than to add to dW, unless chunks are larger."""
-    return 1024 if product_dtype(input) != accumulate_dtype(input.dtype) else max(128, input.shape[1] // 2)
-
-
 def product_dtype(input):
     """The dtype in which matrices are multiplied: that of the input, of 16 bits, too, where the device has products of
     these that are summed and returned in float32, as CUDA's are; else the accumulate dtype."""
@@ -91,6 +86,8 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, *options):
     W = linear_weight.to(product_dtype(input))  # (D·C, H)
     D = W.shape[0] // classes
     N = input.shape[0]
+    # so many rows that products are efficient; those of 16 bits would else take less time than to add them to dW
+    chunk_size = chunk_size or (1024 if W.dtype != g.dtype else default_chunk_size(input))
     chunks = max(1, math.ceil(N / chunk_size))
     chunk_size = max(1, math.ceil(N / chunks))  # as many chunks, but of about the same size
     losses, stats = g.new_empty(target.shape[0]), g.new_empty(2, target.shape[0])  # (N·D), (2, N·D)
@@ -137,8 +134,8 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, *options):
 def _round_in_place(sums, dW):
     """The sums of the first rows of dW, rounded to their place; they lie in the storage of dW.
 
-    Row i of the sums lies where rows 2i and 2i + 1 of dW do. So rows from i on, up to 2i, go to their place all at once:
-    they overwrite those from i/2 to i, which have gone before.
+    Row i of the sums lies where rows 2i and 2i + 1 of dW do. So rows from i on, up to 2i, go to their place all at
+    once: they overwrite those from i/2 to i, which have gone before.
     """
     begin, end, n = 0, 1, sums.shape[0]
     while begin < n:

@@ -28,6 +28,11 @@ def accumulated(tensors):
     return [t if t is None else t.to(accumulate_dtype(t.dtype)) for t in tensors]
 
 
+def default_chunk_size(input):
+    """How many rows have their logits in memory at a time: so few that these are small beside the weight, (D·C, H)."""
+    return max(128, input.shape[1] // 2)
+
+
 def _logits_along(input, linear_weight, input_t, linear_weight_t, linear_bias_t, classes):
     """How fast the logits change as x, W and b move along their tangents: ẋ·Wᵀ + x·Ẇᵀ + ḃ, (N·D, C), or None."""
     parts = []
@@ -43,6 +48,7 @@ def _logits_along(input, linear_weight, input_t, linear_weight_t, linear_bias_t,
 def _chunks(input, linear_weight, linear_bias, target, weight, tangents, options):
     """For each chunk of rows: x and ẋ, (n, H); their places among all rows; their `RowDerivatives`; v, (n·D, C)."""
     ignore_index, _, *smooth, classes, chunk_size = options
+    chunk_size = chunk_size or default_chunk_size(input)
     D = linear_weight.shape[0] // classes
     input_t, *others_t = tangents
     for start in range(0, input.shape[0], chunk_size):
