@@ -50,22 +50,31 @@ struct DeviceRows {
   __device__ Acc weight(int64_t target) const { return y && w ? w[target] : Acc(1); }
 };
 
-// exp(x) for the logits of type T. Of 16 bits there are so many a second that a kernel would wait for expf, not for
-// memory: there it is the card's own 2^x, of a product that is rounded before, with a relative error about 2^-24·|x|.
+// exp(x − y) for the logits of type T. Of 16 bits there are so many a second that a kernel would wait for expf, not for
+// memory: there it is the card's own 2^x, of a product that is rounded before, with a relative error about
+// 2^-24·(|x| + |y|).
 template <typename T, typename Acc = accumulate_t<T>>
-__device__ Acc exp_of(Acc x) {
-  if constexpr (sizeof(T) == 2) {
-    float power = x * Exponents<float>::kInverseLn2;
+struct Exp {
+  static constexpr bool kOfPowers = sizeof(T) == 2;
+  static constexpr Acc kInverseLn2 = Exponents<Acc>::kInverseLn2;
+  Acc y;  // of powers: y/ln 2
+
+  __device__ explicit Exp(Acc y) : y(kOfPowers ? y * kInverseLn2 : y) {}
+
+  __device__ Acc operator()(Acc x) const {
+    if constexpr (kOfPowers) {
+      float power = fma(x, kInverseLn2, -y);
 #ifdef __CUDACC__
-    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(power));
+      asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(power));
 #else  // in the emulation
-    power = std::exp2(power);
+      power = std::exp2(power);
 #endif
-    return power;
-  } else {
-    return exp(x);
+      return power;
+    } else {
+      return exp(x - y);
+    }
   }
-}
+};
 
 // What the mean divides by: the rows' weights, in one block.
 template <typename T, typename Acc = accumulate_t<T>>
@@ -83,12 +92,13 @@ __global__ void FUSED_OPS_ANY_BLOCK find_divisor(DeviceRows<T> rows, Acc* diviso
 // same gradient comes from each.
 template <typename T, typename Targets, typename Acc = accumulate_t<T>>
 __device__ Acc sum_targets(const Part<T>& part, const Targets& t) {
-  Acc sum = 0;
   if constexpr (Targets::kDense) {
-    part.for_elements([&](int64_t c, T) { sum += t(part.first + c, c); });
-    sum = part.sum(sum);
+    Acc sum[Part<T>::kPack] = {};
+    part.for_elements([&](int c, int k, Acc) { sum[k] += t(part.first + c, c); });
+    return part.sum(sum);
+  } else {
+    return 0;
   }
-  return sum;
 }
 
 // What the gradients of a row's elements have in common.
@@ -114,33 +124,43 @@ template <typename T, typename Cap, typename Targets, typename Acc = accumulate_
 __device__ void write_gradients(const Part<T>& part, const Cap& cap, const Targets& t, const Common<Acc>& row,
                                 T* dlogits, T* dtarget) {
   T *dx_row = dlogits ? dlogits + part.start : nullptr, *dy_row = dtarget ? dtarget + part.start : nullptr;
-  if (row.y < 0) return part.for_packs([&](int64_t c, auto size) { store(dx_row, c, Pack<T, size()>{}); }, dx_row);
+  if (row.y < 0) return part.for_packs([&](int c, auto size) { store(dx_row, c, Pack<T, size()>{}); }, dx_row);
   const T* y_row = nullptr;
   if constexpr (Targets::kProbabilities) y_row = t.y;
+  const Exp<T> softmax(row.log_z);  // of s − m
+  const Acc gA = row.g * row.A;
+  const int64_t until_y = row.y - part.first;
+  const int c_of_y = 0 <= until_y && until_y < part.count ? static_cast<int>(until_y) : -1;
   part.for_packs(
-      [&](int64_t c, auto size) {
+      [&](int c, auto size) {
         using P = Pack<T, size()>;
-        const P x = load<P>(part.x, c);
+        const auto x = load_widened<T, size()>(part.x, c);
         P dx, y, dy;
         [[maybe_unused]] Targets t_of_pack = t;
         if constexpr (Targets::kProbabilities) {
           y = load<P>(y_row, c);
           t_of_pack.y = y.values;
         }
-        const int64_t c_first = part.first + c, until_y = row.y - c_first;
-        const int k_of_y = 0 <= until_y && until_y < P::kSize ? static_cast<int>(until_y) : -1;
+        const int64_t c_first = part.first + c;
 #pragma unroll
         for (int k = 0; k < P::kSize; ++k) {
-          const Acc s = cap(widen(x.values[k])), neg_logp = row.log_z - (s - row.m), p = exp_of<T>(-neg_logp);
-          Acc t_c = 0;
+          const Acc s = cap(x.values[k]), p = softmax(s - row.m);
           if constexpr (Targets::kProbabilities) {
-            t_c = t_of_pack(c_first + k, k);
-            dy.values[k] = narrow<T>(row.g * t.slope(c_first + k) * neg_logp);
+            dx.values[k] = narrow<T>(row.g * (row.A * p - t_of_pack(c_first + k, k)) * cap.slope(s));
+            dy.values[k] = narrow<T>(row.g * t.slope(c_first + k) * (row.log_z - (s - row.m)));
+          } else if constexpr (Targets::kDense) {
+            dx.values[k] = narrow<T>(row.g * (row.A * p - row.share * t(c_first + k, k)) * cap.slope(s));
           } else {
-            t_c = k == k_of_y ? row.nll : Acc(0);
-            if constexpr (Targets::kDense) t_c += row.share * t(c_first + k, k);
+            dx.values[k] = narrow<T>(gA * p * cap.slope(s));
           }
-          dx.values[k] = narrow<T>(row.g * (row.A * p - t_c) * cap.slope(s));
+        }
+        if (!Targets::kProbabilities && static_cast<unsigned>(c_of_y - c) < P::kSize) {  // in one pack of a row
+#pragma unroll
+          for (int k = 0; k < P::kSize; ++k) {
+            const Acc s = cap(x.values[k]), p = softmax(s - row.m);
+            const Acc t_c = row.nll + row.share * t(c_first + k, k);
+            if (c + k == c_of_y) dx.values[k] = narrow<T>(row.g * (row.A * p - t_c) * cap.slope(s));
+          }
         }
         if (dx_row) store(dx_row, c, dx);
         if (dy_row) store(dy_row, c, dy);
@@ -160,19 +180,25 @@ __global__ void FUSED_OPS_ROW_BLOCK(T)
 
   const Acc least = -std::numeric_limits<Acc>::infinity();
   Acc m = least;
-  part.for_packs([&](int64_t c, auto size) {
-    for (const T x_c : load<Pack<T, size()>>(part.x, c).values) m = fmax(m, widen(x_c));  // passes over a NaN
+  Largest<T, Part<T>::kPack> of_packs(narrow<T>(least));
+  part.for_packs([&](int c, auto size) {
+    if constexpr (size() == Part<T>::kPack)
+      of_packs.see(part.x, c);
+    else
+      m = fmax(m, widen(part.x[c]));
   });
-  m = cap(part.reduce(m, least, [](Acc a, Acc b) { return fmax(a, b); }));
+  m = fmax(m, of_packs());
+  m = cap(part.reduce(m, least, [](Acc a, Acc b) { return fmax(a, b); }));  // NaN is passed over
 
-  Acc z = 0, distance = 0;  // Σ exp(s − m), Σ t·(m − s)
-  part.for_elements([&](int64_t c, T x_c) {
-    const Acc s = cap(widen(x_c));
-    z += exp_of<T>(s - m);
-    if constexpr (Targets::kDense) distance += t(part.first + c, c) * (m - s);
+  Acc of_z[Part<T>::kPack] = {}, of_distance[Part<T>::kPack] = {};
+  const Exp<T> exp_of(0);
+  part.for_elements([&](int c, int k, Acc x_c) {
+    const Acc s = cap(x_c);
+    of_z[k] += exp_of(s - m);
+    if constexpr (Targets::kDense) of_distance[k] += t(part.first + c, c) * (m - s);
   });
-  z = part.sum(z);
-  if constexpr (Targets::kDense) distance = part.sum(distance);
+  Acc z = part.sum(of_z), distance = 0;  // Σ exp(s − m), Σ t·(m − s)
+  if constexpr (Targets::kDense) distance = part.sum(of_distance);
   const Acc t_sum = sum_targets(part, t);
   if (part.n >= rows.N) return;
 

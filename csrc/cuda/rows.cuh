@@ -13,7 +13,8 @@ namespace fused_ops {
 
 constexpr int kThreadsSideBySide = 128;  // of a block that has several rows, each with a warp at most
 constexpr int64_t kMostOfWarp = 1024;    // elements of such a row
-constexpr int kMostParts = 8;            // of a row: so many blocks can be a cluster wherever there are clusters
+constexpr int64_t kMostClasses = int64_t{1} << 30;
+constexpr int kMostParts = 8;  // of a row: so many blocks can be a cluster wherever there are clusters
 
 // Of a part, where a row can have so many. An H100 has room for three such blocks on a processor, of which some compute
 // while others wait for memory. A block that has more of a row has fewer beside it, and more threads.
@@ -30,13 +31,14 @@ struct Deal {
   int64_t part_bytes;  // of shared memory, for a block's part of each of its rows; 0 if it is not kept, but read again
 };
 
-// What a block has of a row, or of one of several rows side by side, and a thread's place there. Classes are counted
-// from the first of the part.
+// What a block has of a row, or of one of several rows side by side, and a thread's place there. Elements are counted
+// from the first of the part, in 32 bits, for which a GPU takes half as many steps as for 64.
 template <typename T>
 struct Part {
   static constexpr int kPack = 16 / sizeof(T);
-  int64_t n, first, count;  // the row, the first class, and how many; none where there are no more rows
-  int64_t start;            // in memory, of all rows
+  int64_t n, first;  // the row, and the first class of the part
+  int64_t start;     // in memory, of all rows
+  int count;         // of elements; none where there are no more rows
   int rank, width, parts;
   const T* x;
 
@@ -44,7 +46,7 @@ struct Part {
       : rank(threadIdx.x % deal.width), width(deal.width), parts(deal.parts) {
     n = int64_t{blockIdx.x} / parts * (blockDim.x / width) + threadIdx.x / width;
     first = blockIdx.x % parts * deal.size;
-    count = n < N ? max(int64_t{0}, min(deal.size, C - first)) : 0;
+    count = n < N ? static_cast<int>(max(int64_t{0}, min(deal.size, C - first))) : 0;
     start = n < N ? n * C + first : 0;
     x = rows + start;
   }
@@ -53,7 +55,7 @@ struct Part {
   __device__ void keep(const Deal& deal) {
     if (!deal.part_bytes) return;
     T* kept = reinterpret_cast<T*>(dynamic_memory() + threadIdx.x / width * deal.part_bytes) + beyond_bound(x);
-    for_packs([&](int64_t c, auto size) { copy_async(reinterpret_cast<Pack<T, size()>*>(kept + c), x + c); });
+    for_packs([&](int c, auto size) { copy_async(reinterpret_cast<Pack<T, size()>*>(kept + c), x + c); });
     wait_for_copies();
     __syncthreads();
     x = kept;
@@ -64,29 +66,33 @@ struct Part {
   // which they have depends on where memory begins.
   template <typename F, typename... Arrays>
   __device__ void for_packs(const F& f, const Arrays*... arrays) const {
-    const int64_t before = (kPack - beyond_bound(x)) % kPack;
+    const int before = (kPack - beyond_bound(x)) % kPack;
     const bool alike = ((!arrays || beyond_bound(arrays) == beyond_bound(x)) && ...);
-    const int64_t head = alike ? min(before, count) : count, in_packs = (count - head) / kPack * kPack;
-    for (int64_t c = head + int64_t{rank} * kPack; c < head + in_packs; c += int64_t{width} * kPack)
+    const int head = alike ? min(before, count) : count, in_packs = (count - head) / kPack * kPack;
+    for (int c = head + rank * kPack; c < head + in_packs; c += width * kPack)
       f(c, std::integral_constant<int, kPack>{});
-    for (int64_t i = rank; i < count - in_packs; i += width)
+    for (int i = rank; i < count - in_packs; i += width)
       f(i < head ? i : i + in_packs, std::integral_constant<int, 1>{});
   }
 
-  // Calls f(c, x_c) for the thread's elements, by the same threads in the same order wherever the part lies: so sums
-  // are the same, too.
+  // Calls f(c, k, x_c) for the thread's elements, widened, each the k-th of a pack: by the same threads in the same
+  // order wherever the part lies, so that sums are the same, too. Those of each k make a chain of additions.
   template <typename F>
   __device__ void for_elements(const F& f) const {
     const bool in_packs = beyond_bound(x) == 0;
-    for (int64_t c = int64_t{rank} * kPack; c < count; c += int64_t{width} * kPack) {
-      if (in_packs && c + kPack <= count) {
-        const auto pack = load<Pack<T, kPack>>(x, c);
-#pragma unroll
-        for (int k = 0; k < kPack; ++k) f(c + k, pack.values[k]);
+    const int whole = count / kPack * kPack;
+    for (int c = rank * kPack; c < whole; c += width * kPack) {
+      Pack<accumulate_t<T>, kPack> pack;
+      if (in_packs) {
+        pack = load_widened<T, kPack>(x, c);
       } else {
-        for (int k = 0; k < kPack && c + k < count; ++k) f(c + k, load<Pack<T, 1>>(x, c + k).values[0]);
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) pack.values[k] = widen(x[c + k]);
       }
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) f(c + k, k, pack.values[k]);
     }
+    for (int c = whole + rank; c < count; c += width) f(c, 0, widen(x[c]));
   }
 
   // Combines a value from each thread that has elements of the row, in all its parts; all of them get the result. The
@@ -113,9 +119,14 @@ struct Part {
     return value;
   }
 
+  // The sum of the values of each k, and of those of all threads.
   template <typename V>
-  __device__ V sum(V value) const {
-    return reduce(value, V(0), [](V a, V b) { return a + b; });
+  __device__ V sum(V (&values)[kPack]) const {
+#pragma unroll
+    for (int n = kPack / 2; n > 0; n /= 2)
+#pragma unroll
+      for (int k = 0; k < n; ++k) values[k] += values[k + n];
+    return reduce(values[0], V(0), [](V a, V b) { return a + b; });
   }
 
  private:
@@ -129,6 +140,7 @@ struct Part {
 template <typename T, typename... Parameters, typename... Args>
 void launch_rows(const Tensor& on, int64_t N, int64_t C, void (*kernel)(Deal, Parameters...), Args... args) {
   if (N == 0) return;
+  STD_TORCH_CHECK(C <= kMostClasses, "expected at most ", kMostClasses, " classes");
   const auto device = on.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const bool side_by_side = C <= kMostOfWarp;
