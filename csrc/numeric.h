@@ -312,11 +312,14 @@ struct Moments {
   // The moments of both sets together (Chan, Golub and LeVeque 1979).
   FUSED_OPS_HOST_DEVICE void merge(Acc other_count, Acc other_mean, Acc other_m2) {
     const Acc total = count + other_count;
-    if (total == 0) return;
-    const Acc delta = other_mean - mean, share = other_count / total;
+    if (total > 0) merge(other_count, other_mean, other_m2, other_count / total);
+  }
+  // `share` of the others among all: for several sets that are as large, one division.
+  FUSED_OPS_HOST_DEVICE void merge(Acc other_count, Acc other_mean, Acc other_m2, Acc share) {
+    const Acc delta = other_mean - mean;
     mean += delta * share;
     m2 += other_m2 + delta * delta * count * share;
-    count = total;
+    count += other_count;
   }
   FUSED_OPS_HOST_DEVICE void merge(const Moments& other) { merge(other.count, other.mean, other.m2); }
 };

@@ -2,8 +2,8 @@
 //
 // Each pass is one kernel of two halves: it reads the batch for what the elements of a channel have in common, merged
 // in a fixed order, so that a result is the same every time; then it applies this to each of them. One launch does both
-// where a block can take whole channels, or where all blocks together can keep what they have read; else two launches
-// do (launch_over in channels.cuh). Nothing is read back to the host.
+// where a block or a cluster can take whole channels, or where all blocks together can keep what they have read; else
+// two launches do (launch_over in channels.cuh). Nothing is read back to the host.
 #include <limits>
 
 #include "activations.cuh"
@@ -50,24 +50,31 @@ __device__ Channel<Acc> channel_of(const Terms<T>& terms, int64_t c, const Stand
 template <typename P, typename T, typename Acc = accumulate_t<T>>
 __device__ void add_moments(const Share<P>& share, const TwiceRead<P, T>& x, Moments<Acc> (&lanes)[P::kLanes]) {
   constexpr int kAtOnce = 4, kEach = P::kSize / P::kLanes;  // packs; elements of a lane in each
-  share.template for_packs<kAtOnce>([&](const Places<kAtOnce>& places) {
+  const auto add = [&](const Places<kAtOnce>& places) {
     P packs[kAtOnce] = {};
     x.load(places, packs);
-    const Acc count = places.n * kEach, share_of_one = 1 / count, before = lanes[0].count;
+    Pack<Acc, P::kSize> wide[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) wide[u] = widen(packs[u]);
+    const Acc count = places.n * kEach, share_of_one = 1 / count, share_of_all = count / (lanes[0].count + count);
 #pragma unroll
     for (int l = 0; l < P::kLanes; ++l) {
       Acc sum = 0, m2 = 0;
 #pragma unroll
-      for (int i = 0; i < kAtOnce * kEach; ++i) sum += widen(packs[i / kEach].values[l + i % kEach * P::kLanes]);
+      for (int i = 0; i < kAtOnce * kEach; ++i) sum += wide[i / kEach].values[l + i % kEach * P::kLanes];
       const Acc mean = sum * share_of_one;
 #pragma unroll
       for (int i = 0; i < kAtOnce * kEach; ++i) {
-        const Acc distance = widen(packs[i / kEach].values[l + i % kEach * P::kLanes]) - mean;
+        const Acc distance = wide[i / kEach].values[l + i % kEach * P::kLanes] - mean;
         m2 += i / kEach < places.n ? distance * distance : 0;
       }
-      lanes[l].count = before;  // as of all lanes: so compilers know that they can share a division
-      lanes[l].merge(count, mean, m2);
+      lanes[l].merge(count, mean, m2, share_of_all);
     }
+  };
+  share.template for_packs<kAtOnce>([&](Places<kAtOnce> places) {
+    if (places.n < kAtOnce) return add(places);
+    places.n = kAtOnce;  // as mostly: constants take fewer steps
+    add(places);
   });
 }
 
@@ -102,11 +109,11 @@ struct Statistics {
 };
 
 // y = a(γ·x̂ + β + residual). In training x̂ has mean 0 and variance 1 in each channel.
-template <typename P, typename T, typename Acc = accumulate_t<T>>
+template <bool kActivated, typename P, typename T, typename Acc = accumulate_t<T>>
 __global__ void FUSED_OPS_SMALL_BLOCK(T)
     normalise(Split split, Task task, Moments<Acc>* partial, Terms<T> terms, Statistics<T> statistics, T* y) {
-  constexpr int kAtOnce = P::kLanes == 8 ? 2 : 4;  // 8 channels take registers, too
-  const Share<P> share(split);
+  constexpr int kAtOnce = 4;
+  Share<P> share(split);
   const TwiceRead<P, T> x_of_batch{task, terms.x, 0};
   Standard<Acc> standard[P::kLanes];
   if (task.finds) {
@@ -116,6 +123,7 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
       wait_for_copies();
       add_moments(share, x_of_batch, moments);
       merge_threads(split.threads_apart, moments);
+      if (!partial) merge_cluster(split.chunks(), split.threads_apart, moments);
     }
     if (partial) {
       merge_blocks(split, share, moments, partial,
@@ -127,6 +135,7 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
     }
   }
   if (!task.applies) return;
+  if (!task.keeps) share.reverse();
 
   Channel<Acc> channels[P::kLanes];
 #pragma unroll
@@ -143,16 +152,20 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
     for (int u = 0; u < kAtOnce; ++u) {
       if (u >= places.n) break;
       Acc z[P::kSize];
+      const auto x_wide = widen(x[u]);
+      Pack<Acc, P::kSize> residual_wide{};
+      if (terms.residual) residual_wide = widen(residual[u]);
 #pragma unroll
       for (int k = 0; k < P::kSize; ++k) {
         const Channel<Acc>& channel = channels[k % P::kLanes];
-        z[k] = channel.weight * channel.x_hat(widen(x[u].values[k])) + channel.bias;
-        if (terms.residual) z[k] += widen(residual[u].values[k]);
+        z[k] = channel.weight * channel.x_hat(x_wide.values[k]) + channel.bias;
+        if (terms.residual) z[k] += residual_wide.values[k];
       }
-      with_activation(terms.activation, [&](auto a) {
+      if constexpr (kActivated)
+        with_activation(terms.activation, [&](auto a) {
 #pragma unroll
-        for (int k = 0; k < P::kSize; ++k) z[k] = a.value(z[k]);
-      });
+          for (int k = 0; k < P::kSize; ++k) z[k] = a.value(z[k]);
+        });
       P out;
 #pragma unroll
       for (int k = 0; k < P::kSize; ++k) out.values[k] = narrow<T>(z[k]);
@@ -185,33 +198,38 @@ struct Inputs {
 };
 
 // Calls use(offset, x_hat, dz) for each pack of a thread's share, dz being dy·a'(z).
-template <typename P, typename T, typename Use, typename Acc = accumulate_t<T>>
+template <bool kActivated, typename P, typename T, typename Use, typename Acc = accumulate_t<T>>
 __device__ void with_dz(const Share<P>& share, const Terms<T>& terms, const Inputs<P, T>& inputs,
                         const Channel<Acc> (&channels)[P::kLanes], const Use& use) {
-  constexpr int kAtOnce = P::kLanes == 8 ? 1 : 2;  // 8 channels take registers, too
+  constexpr int kAtOnce = kActivated && P::kLanes == 8 ? 1 : 2;  // 8 channels take registers, too
   share.template for_packs<kAtOnce>([&](const Places<kAtOnce>& places) {
     P x[kAtOnce], dy[kAtOnce], residual[kAtOnce];
     inputs.x.load(places, x);
     inputs.dy.load(places, dy);
-    if (terms.residual) load(terms.residual, places, residual);
+    if (kActivated && terms.residual) load(terms.residual, places, residual);
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       if (u >= places.n) break;
       Acc x_hat[P::kSize], dz[P::kSize];
+      const auto x_wide = widen(x[u]), dy_wide = widen(dy[u]);
 #pragma unroll
       for (int k = 0; k < P::kSize; ++k) {
-        x_hat[k] = channels[k % P::kLanes].x_hat(widen(x[u].values[k]));
-        dz[k] = widen(dy[u].values[k]);
+        x_hat[k] = channels[k % P::kLanes].x_hat(x_wide.values[k]);
+        dz[k] = dy_wide.values[k];
       }
-      with_activation(terms.activation, [&](auto a) {
+      if constexpr (kActivated) {
+        Pack<Acc, P::kSize> residual_wide{};
+        if (terms.residual) residual_wide = widen(residual[u]);
+        with_activation(terms.activation, [&](auto a) {
 #pragma unroll
-        for (int k = 0; k < P::kSize; ++k) {
-          const Channel<Acc>& channel = channels[k % P::kLanes];
-          Acc z = channel.weight * x_hat[k] + channel.bias;
-          if (terms.residual) z += widen(residual[u].values[k]);
-          dz[k] *= a.derivative(z);
-        }
-      });
+          for (int k = 0; k < P::kSize; ++k) {
+            const Channel<Acc>& channel = channels[k % P::kLanes];
+            Acc z = channel.weight * x_hat[k] + channel.bias;
+            if (terms.residual) z += residual_wide.values[k];
+            dz[k] *= a.derivative(z);
+          }
+        });
+      }
       use(places.offsets[u], x_hat, dz);
     }
   });
@@ -230,11 +248,11 @@ struct Gradients {
 };
 
 // dx = γ·r·(dz − mean(dz) − x̂·mean(dz·x̂)), in evaluation dx = γ·r·dz; dresidual = dz.
-template <typename P, typename T, typename Acc = accumulate_t<T>>
+template <bool kActivated, typename P, typename T, typename Acc = accumulate_t<T>>
 __global__ void FUSED_OPS_SMALL_BLOCK(T)
     differentiate(Split split, Task task, Sums<Acc>* partial, Terms<T> terms, const T* dy, const Acc* mean,
                   const Acc* rstd, bool training, Gradients<T> gradients) {
-  const Share<P> share(split);
+  Share<P> share(split);
   const Inputs<P, T> inputs{{task, terms.x, 0}, {task, dy, 1}};
   Channel<Acc> channels[P::kLanes];
 #pragma unroll
@@ -245,20 +263,23 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
   Sums<Acc> sums[P::kLanes];
   if (task.finds && gradients.dweight) {
     inputs.keep(share);
-    with_dz(share, terms, inputs, channels, [&](int64_t, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
+    with_dz<kActivated>(share, terms, inputs, channels,
+                        [&](int64_t, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
 #pragma unroll
-      for (int k = 0; k < P::kSize; ++k) sums[k % P::kLanes].merge({dz[k], dz[k] * x_hat[k]});
-    });
+                          for (int k = 0; k < P::kSize; ++k) sums[k % P::kLanes].merge({dz[k], dz[k] * x_hat[k]});
+                        });
     merge_threads(split.threads_apart, sums);
+    if (!partial) merge_cluster(split.chunks(), split.threads_apart, sums);
     if (partial) {
       merge_blocks(split, share, sums, partial,
                    [&](int64_t c, const Sums<Acc>& of_channel) { gradients.finish(c, of_channel); });
-    } else if (share.reports) {
+    } else if (share.reports && share.chunk == 0) {
 #pragma unroll
       for (int l = 0; l < P::kLanes; ++l) gradients.finish(share.channel + l, sums[l]);
     }
   }
   if (!task.applies) return;
+  if (!task.keeps) share.reverse();
 
   if (partial) {
 #pragma unroll
@@ -268,19 +289,20 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
   const Acc N = static_cast<Acc>(split.rows) * static_cast<Acc>(split.positions);
 #pragma unroll
   for (int l = 0; l < P::kLanes; ++l) sums[l] = {sums[l].dz / N, sums[l].dz_x_hat / N};  // from here on means
-  with_dz(share, terms, inputs, channels, [&](int64_t offset, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
-    P dx, dresidual;
+  with_dz<kActivated>(share, terms, inputs, channels,
+                      [&](int64_t offset, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
+                        P dx, dresidual;
 #pragma unroll
-    for (int k = 0; k < P::kSize; ++k) {
-      const Channel<Acc>& channel = channels[k % P::kLanes];
-      const Sums<Acc>& means = sums[k % P::kLanes];
-      const Acc centred = training ? dz[k] - means.dz - x_hat[k] * means.dz_x_hat : dz[k];
-      dx.values[k] = narrow<T>(channel.weight * channel.rstd * centred);
-      dresidual.values[k] = narrow<T>(dz[k]);
-    }
-    if (gradients.dx) store(gradients.dx, offset, dx);
-    if (gradients.dresidual) store(gradients.dresidual, offset, dresidual);
-  });
+                        for (int k = 0; k < P::kSize; ++k) {
+                          const Channel<Acc>& channel = channels[k % P::kLanes];
+                          const Sums<Acc>& means = sums[k % P::kLanes];
+                          const Acc centred = training ? dz[k] - means.dz - x_hat[k] * means.dz_x_hat : dz[k];
+                          dx.values[k] = narrow<T>(channel.weight * channel.rstd * centred);
+                          dresidual.values[k] = narrow<T>(dz[k]);
+                        }
+                        if (gradients.dx) store(gradients.dx, offset, dx);
+                        if (gradients.dresidual) store(gradients.dresidual, offset, dresidual);
+                      });
 }
 
 }  // namespace
@@ -311,7 +333,10 @@ std::tuple<Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor
     T* out = y.mutable_data_ptr<T>();
     dispatch_pack<T>(batch.layout, {terms.x, terms.residual, out}, [&](auto pack) {
       using P = decltype(pack);
-      launch_over<P>(batch, training, 1, normalise<P, T>, terms, statistics, out);
+      const auto run = [&](auto activated) {
+        launch_over<P>(batch, training, 1, normalise<activated(), P, T>, terms, statistics, out);
+      };
+      activation ? run(std::true_type{}) : run(std::false_type{});
     });
   });
   for (const auto& running : {running_mean, running_var})
@@ -349,8 +374,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
         needs_sums ? dweight.mutable_data_ptr<Acc>() : nullptr, needs_sums ? dbias.mutable_data_ptr<Acc>() : nullptr};
     dispatch_pack<T>(batch.layout, {terms.x, terms.residual, g, gradients.dx, gradients.dresidual}, [&](auto pack) {
       using P = decltype(pack);
-      launch_over<P>(batch, needs_sums, needs_input || needs_residual ? 2 : 0, differentiate<P, T>, terms, g, mu, r,
-                     training, gradients);
+      const auto run = [&](auto activated) {
+        launch_over<P>(batch, needs_sums, needs_input || needs_residual ? 2 : 0, differentiate<activated(), P, T>,
+                       terms, g, mu, r, training, gradients);
+      };
+      activation ? run(std::true_type{}) : run(std::false_type{});
     });
   });
   if (!needs_parameters) {

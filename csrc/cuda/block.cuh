@@ -13,6 +13,7 @@
 namespace fused_ops {
 
 constexpr int kWarp = 32, kMaxWarps = 32;
+constexpr int kMaxCluster = 8;                          // blocks: so many can be one wherever there are clusters
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a grid
 // Bytes of dynamic shared memory that a block may have unasked: with what its kernel declares less than 48 KiB.
 constexpr int64_t kUnaskedMemory = 16 * 1024;

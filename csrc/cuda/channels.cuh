@@ -149,6 +149,15 @@ struct Share {
     wrap = split.threads_down * split.columns - (of_row - 1) * step;
   }
 
+  // From here on the last pack comes first: of what a block has read it is the likeliest to be still in the L2 cache.
+  __device__ void reverse() {
+    if (packs == 0) return;
+    const int64_t along_row = (of_row - 1) * step;
+    begin += (packs / of_row - 1) * (along_row + wrap) + along_row;
+    step = -step;
+    wrap = -wrap;
+  }
+
   // Calls f(places) for the thread's packs, at most kAtOnce at a time.
   template <int kAtOnce, typename F>
   __device__ void for_packs(const F& f) const {
@@ -205,19 +214,27 @@ struct TwiceRead {
 
   template <int kAtOnce>
   __device__ void load(const Places<kAtOnce>& places, P (&packs)[kAtOnce]) const {
-    if (!task.keeps) return fused_ops::load(tensor, places, packs);
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u)
-      if (u < places.n) packs[u] = kept(places.first)[u * kThreads];
+    for (int u = 0; u < kAtOnce; ++u) {
+      const P* from =
+          task.keeps ? kept(places.first) + u * kThreads : reinterpret_cast<const P*>(tensor + places.offsets[u]);
+      if (u < places.n) packs[u] = *from;
+    }
   }
 };
+
+// Where threads put what others are to merge.
+template <typename V, int kLanes>
+__device__ auto merge_room() {
+  __shared__ __align__(16) unsigned char storage[sizeof(V) * kLanes * kThreads];
+  return reinterpret_cast<V(*)[kThreads]>(storage);
+}
 
 // Merges what the threads of a block have of the same channels, always in the same order: then all have it. V is
 // trivially copyable and has merge(V).
 template <typename V, int kLanes>
 __device__ void merge_threads(int threads_apart, V (&lanes)[kLanes]) {
-  __shared__ __align__(16) unsigned char storage[sizeof(V) * kLanes * kThreads];
-  V(*shared)[kThreads] = reinterpret_cast<V(*)[kThreads]>(storage);
+  V(*shared)[kThreads] = merge_room<V, kLanes>();
   const int thread = threadIdx.x;
   const auto put = [&] {
 #pragma unroll
@@ -236,6 +253,30 @@ __device__ void merge_threads(int threads_apart, V (&lanes)[kLanes]) {
 #pragma unroll
   for (int l = 0; l < kLanes; ++l) lanes[l] = shared[l][thread % threads_apart];
   __syncthreads();  // all have read: a next merge may write anywhere
+}
+
+// Merges what the blocks of a cluster have, each of its own chunk of the same channels, always in the same order: then
+// all have it. `lanes` are those of merge_threads.
+template <typename V, int kLanes>
+__device__ void merge_cluster(int blocks, int threads_apart, V (&lanes)[kLanes]) {
+#if __CUDA_ARCH__ >= 900
+  if (blocks == 1) return;
+  V(*shared)[kThreads] = merge_room<V, kLanes>();
+  const auto cluster = cooperative_groups::this_cluster();
+  const int thread = threadIdx.x;
+#pragma unroll
+  for (int l = 0; l < kLanes; ++l) {
+    if (thread < threads_apart) shared[l][thread] = lanes[l];
+    lanes[l] = V{};
+  }
+  cluster.sync();
+  for (int block = 0; block < blocks; ++block) {
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l)
+      lanes[l].merge(*cluster.map_shared_rank(&shared[l][thread % threads_apart], block));
+  }
+  cluster.sync();  // all have read: the block may end
+#endif
 }
 
 // Merges what blocks that are together have of their chunks' channels, and calls finish(c, v) once for each channel c,
@@ -267,29 +308,46 @@ __device__ void merge_blocks(const Split& split, const Share<P>& share, const V 
 // Has a kernel go over a batch. `merges`: the elements of a channel have something in common, a V, that is to be found.
 // `twice_read`: so many tensors are read for this and then to apply it; 0 if nothing is to be applied.
 //
-// A block that takes whole channels finds and applies in one go. Blocks that share channels have to merge what they
-// find, so they run together. Then they apply it if they can keep what they have read; else a second launch does.
+// A block, or a cluster of blocks, that takes whole channels finds and applies in one go. Of many channels only some
+// are under way at a time then: what is read again is still in the L2 cache, or in shared memory where there is enough
+// for as many blocks as without. Where there are few channels all blocks share them and have to merge what they find:
+// so they run together. Then they apply it if they can keep what they have read; else a second launch does.
 template <typename P, typename V, typename... Parameters, typename... Args>
 void launch_over(const Batch& batch, bool merges, int twice_read, void (*kernel)(Split, Task, V*, Parameters...),
                  Args... args) {
   Split split(batch.layout, P::kSize);
+  const auto device = batch.input.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   const auto together = [&](int64_t memory) { return blocks_together(batch.input, kernel, split.threads(), memory); };
-  const int64_t chunks = split.packs() / kPacksPerThread;
-  if (chunks > 1) split.cut_strips(std::clamp<int64_t>((merges ? together(0) : kBlocks) / split.strips, 1, chunks));
-  const Grid grid{split.blocks(), split.threads()};
+  const auto memory_to_keep = [&] { return twice_read * split.packs() * kThreads * int64_t{sizeof(P)}; };
+  const int64_t chunks = std::max<int64_t>(1, split.packs() / kPacksPerThread);
   const bool applies = twice_read > 0;
-  if (!merges || split.chunks() == 1)
-    return launch(batch.input, grid, kernel, split, Task{true, applies, 0}, nullptr, args...);
+  if (!merges) {
+    split.cut_strips(std::clamp<int64_t>(kBlocks / split.strips, 1, chunks));
+    return launch(batch.input, {split.blocks(), split.threads()}, kernel, split, Task{true, applies, 0}, nullptr,
+                  args...);
+  }
 
+  const int64_t of_cluster = can_cluster(device, kernel) ? std::min<int64_t>(chunks, kMaxCluster) : 1;
+  if (chunks == 1 || 2 * split.strips * of_cluster >= together(0)) {
+    split.cut_strips(of_cluster);
+    const int64_t memory = memory_to_keep();
+    const bool keeps = applies && (memory <= kUnaskedMemory || together(memory) == together(0));
+    const Task both{true, applies, keeps ? static_cast<int>(split.packs()) : 0};
+    const Grid grid{split.blocks(), split.threads(), keeps ? memory : 0, false, static_cast<int>(split.chunks())};
+    return launch(batch.input, grid, kernel, split, both, nullptr, args...);
+  }
+
+  split.cut_strips(std::clamp<int64_t>(together(0) / split.strips, 1, chunks));
   Tensor reports = empty_beside(batch.input, {split.chunks() * split.channels * int64_t{sizeof(V)}}, ScalarType::Byte);
   V* partial = static_cast<V*>(reports.mutable_data_ptr());
-  const int64_t memory = twice_read * split.packs() * kThreads * int64_t{sizeof(P)};
-  if (together(memory) >= grid.blocks) {
+  const Grid grid{split.blocks(), split.threads(), 0, true};
+  if (const int64_t memory = memory_to_keep(); together(memory) >= grid.blocks) {
     const Task both{true, applies, applies ? static_cast<int>(split.packs()) : 0};
     launch(batch.input, {grid.blocks, grid.threads, memory, true}, kernel, split, both, partial, args...);
   } else {
-    launch(batch.input, {grid.blocks, grid.threads, 0, true}, kernel, split, Task{true, false, 0}, partial, args...);
-    launch(batch.input, grid, kernel, split, Task{false, true, 0}, partial, args...);
+    launch(batch.input, grid, kernel, split, Task{true, false, 0}, partial, args...);
+    launch(batch.input, {grid.blocks, grid.threads}, kernel, split, Task{false, true, 0}, partial, args...);
   }
 }
 

@@ -134,7 +134,7 @@ __device__ void write_gradients(const Part<T>& part, const Cap& cap, const Targe
   part.for_packs(
       [&](int c, auto size) {
         using P = Pack<T, size()>;
-        const auto x = load_widened<T, size()>(part.x, c);
+        const auto x = widen(load<P>(part.x, c));
         P dx, y, dy;
         [[maybe_unused]] Targets t_of_pack = t;
         if constexpr (Targets::kProbabilities) {

@@ -21,22 +21,21 @@ __device__ P load(const T* from, int64_t offset) {
   return *reinterpret_cast<const P*>(from + offset);
 }
 
-// The same in the accumulate type. Two bfloat16 of a word take a step each, where one by one they take three together.
-template <typename T, int size>
-__device__ Pack<accumulate_t<T>, size> load_widened(const T* from, int64_t offset) {
-  Pack<accumulate_t<T>, size> values;
-  if constexpr (std::is_same_v<T, c10::BFloat16> && size > 1) {
-    const auto words = *reinterpret_cast<const Pack<uint32_t, size / 2>*>(from + offset);
+// A pack in the accumulate type. Two bfloat16 of a word take a step each, where one by one they take three together.
+template <typename T, int kSize, int kLanes>
+__device__ Pack<accumulate_t<T>, kSize> widen(const Pack<T, kSize, kLanes>& pack) {
+  Pack<accumulate_t<T>, kSize> wide;
+  if constexpr (std::is_same_v<T, c10::BFloat16> && kSize > 1) {
+    const auto words = fused_ops::bit_cast<Pack<uint32_t, kSize / 2>>(pack);
 #pragma unroll
-    for (int k = 0; k < size; ++k)
-      values.values[k] =
+    for (int k = 0; k < kSize; ++k)
+      wide.values[k] =
           fused_ops::bit_cast<float>(k % 2 ? words.values[k / 2] & 0xFFFF0000u : words.values[k / 2] << 16);
   } else {
-    const auto pack = load<Pack<T, size>>(from, offset);
 #pragma unroll
-    for (int k = 0; k < size; ++k) values.values[k] = widen(pack.values[k]);
+    for (int k = 0; k < kSize; ++k) wide.values[k] = widen(pack.values[k]);
   }
-  return values;
+  return wide;
 }
 
 // To global memory. Without __stcg, which says to L2, where it goes anyway, compilers write 16 bytes in several pieces.

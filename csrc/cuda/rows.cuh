@@ -14,7 +14,6 @@ namespace fused_ops {
 constexpr int kThreadsSideBySide = 128;  // of a block that has several rows, each with a warp at most
 constexpr int64_t kMostOfWarp = 1024;    // elements of such a row
 constexpr int64_t kMostClasses = int64_t{1} << 30;
-constexpr int kMostParts = 8;  // of a row: so many blocks can be a cluster wherever there are clusters
 
 // Of a part, where a row can have so many. An H100 has room for three such blocks on a processor, of which some compute
 // while others wait for memory. A block that has more of a row has fewer beside it, and more threads.
@@ -84,7 +83,7 @@ struct Part {
     for (int c = rank * kPack; c < whole; c += width * kPack) {
       Pack<accumulate_t<T>, kPack> pack;
       if (in_packs) {
-        pack = load_widened<T, kPack>(x, c);
+        pack = widen(load<Pack<T, kPack>>(x, c));
       } else {
 #pragma unroll
         for (int k = 0; k < kPack; ++k) pack.values[k] = widen(x[c + k]);
@@ -145,7 +144,7 @@ void launch_rows(const Tensor& on, int64_t N, int64_t C, void (*kernel)(Deal, Pa
   const torch::stable::accelerator::DeviceGuard guard(device);
   const bool side_by_side = C <= kMostOfWarp;
   Deal deal;
-  deal.parts = side_by_side ? 1 : power_of_2(ceil_div(C * int64_t{sizeof(T)}, kPartBytes), kMostParts);
+  deal.parts = side_by_side ? 1 : power_of_2(ceil_div(C * int64_t{sizeof(T)}, kPartBytes), kMaxCluster);
   if (deal.parts > 1 && !can_cluster(device, kernel)) deal.parts = 1;
   deal.size = ceil_div(ceil_div(C, deal.parts), Part<T>::kPack) * Part<T>::kPack;  // so that parts begin alike
   deal.part_bytes = (deal.size + Part<T>::kPack) * int64_t{sizeof(T)};  // one pack more, as a part may begin in one

@@ -189,7 +189,8 @@ void fault(Name name, Tensor x, Tensor fixed, bool together, int64_t cluster) {
   STD_TORCH_CHECK(false, "there is no fault of this name");
 }
 
-void set_card(int64_t shared_memory, bool clusters) {
+void set_card(int64_t threads, int64_t shared_memory, bool clusters) {
+  emulation::card.threads = static_cast<int>(threads);
   emulation::card.shared_memory = shared_memory;
   emulation::card.clusters = clusters;
 }
@@ -198,7 +199,7 @@ void set_card(int64_t shared_memory, bool clusters) {
 
 STABLE_TORCH_LIBRARY(emulation, m) {
   m.def("fault(str name, Tensor(a!) x, Tensor fixed, bool together, int cluster) -> ()");
-  m.def("set_card(int shared_memory, bool clusters) -> ()");
+  m.def("set_card(int threads, int shared_memory, bool clusters) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(emulation, CUDA, m) { m.impl("fault", TORCH_BOX(&fault)); }
