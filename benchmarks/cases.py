@@ -3,7 +3,8 @@
 The limit of a pass is that least work at the speed measured beside it. Of n bytes of logits or activations:
 
     cross_entropy           forward reads the logits (n), backward reads them and writes their gradient (2n);
-                            both together could do with one reading (2n): the gradient of a mean is known row by row
+                            both together could do with one reading (2n): the gradient of a mean is known row by row.
+                            Class probabilities are n more to read in each
     batch_norm              forward reads x and writes y (2n), backward reads x and dy and writes dx (3n);
                             both 5n, since dy is not known before the forward pass has ended
     batch_norm + add + relu forward reads the residual, too (3n), and backward writes its gradient (4n); both 7n.
@@ -104,19 +105,25 @@ def _cross_entropy_in_place(input, target):
     return F.cross_entropy(input, target, inplace_grad=True)
 
 
-def cross_entropy(rows, classes, dtype, **options):
+def cross_entropy(shape, dtype, probabilities=False, **options):
+    """Logits (N, C) or (N, C, d1, ...), with class indices or with class probabilities."""
+    rows, classes, *positions = shape
+
     def tensors(device):
-        input = torch.randn(rows, classes, dtype=dtype, device=device).requires_grad_()
-        return Tensors((input, torch.randint(classes, (rows,), device=device)))
+        input = torch.randn(shape, dtype=dtype, device=device).requires_grad_()
+        if probabilities:
+            return Tensors((input, torch.randn(shape, dtype=dtype, device=device).softmax(1)))
+        return Tensors((input, torch.randint(classes, (rows, *positions), device=device)))
 
     return Case(
         op="cross_entropy",
-        shape=(rows, classes),
+        shape=shape,
         dtype=dtype,
         tensors=tensors,
         eager=torch_F.cross_entropy,
         fused=F.cross_entropy,
-        work={"forward": 1, "backward": 2, "both": 2},
+        work={p: bytes + probabilities for p, bytes in {"forward": 1, "backward": 2, "both": 2}.items()},
+        variant="probabilities" * probabilities,
         **options,
     )
 
@@ -245,13 +252,16 @@ def _with_peers(case):
 
 def cpu_cases():
     float32, bfloat16 = torch.float32, torch.bfloat16
-    yield cross_entropy(32, 27, float32, quick=True)  # the network of names
+    yield cross_entropy((32, 27), float32, quick=True)  # the network of names
     for dtype in (float32, bfloat16):
-        yield cross_entropy(1024, 1000, dtype, quick=dtype == bfloat16)
-        for rows, classes in ((4096, 8192), (2048, 32000), (512, 128256)):
-            yield cross_entropy(rows, classes, dtype)
+        yield cross_entropy((1024, 1000), dtype, quick=dtype == bfloat16)
+        for shape in ((4096, 8192), (2048, 32000), (512, 128256)):
+            yield cross_entropy(shape, dtype)
+    yield cross_entropy((1024, 1000), float32, probabilities=True)
+    for shape in ((8, 21, 128, 128), (16, 1000, 49)):  # classes of pixels, and of few positions
+        yield cross_entropy(shape, float32)
     for classes in (64, 1024, 16384):
-        yield cross_entropy(512, classes, float32, curve=True)
+        yield cross_entropy((512, classes), float32, curve=True)
 
     for followed_by in ("", "add relu"):
         for shape in ((32, 200), (4096, 64), (4096, 1024), (65536, 256)):
@@ -274,9 +284,9 @@ def cpu_cases():
 
 def cuda_cases():
     """The small sizes, where the calls are what costs, and those that are worth a card: up to 4 GiB a tensor."""
-    yield cross_entropy(32, 27, torch.float32, quick=True)
+    yield cross_entropy((32, 27), torch.float32, quick=True)
     for classes in (32768, 65536, 131072, 262144):
-        yield cross_entropy(8192, classes, torch.bfloat16)
+        yield cross_entropy((8192, classes), torch.bfloat16)
 
     yield batch_norm((32, 200), quick=True)
     for dtype in (torch.float32, torch.bfloat16):

@@ -86,7 +86,8 @@ def _bars(op, rows):
 
 
 def _label(row):
-    return "x".join(map(str, row["shape"])) + ("\nchannels_last" if "channels_last" in row["variant"] else "")
+    kinds = [kind for kind in ("channels_last", "probabilities") if kind in row["variant"].split()]
+    return "\n".join(["x".join(map(str, row["shape"])), *kinds])
 
 
 def _short(value):

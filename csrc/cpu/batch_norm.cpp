@@ -141,6 +141,22 @@ std::optional<Tensor> channel_vector(const std::optional<Tensor>& v, int64_t C, 
   return v ? std::optional<Tensor>(channel_vector(*v, C, type, name)) : std::nullopt;
 }
 
+// Rows of few channels that are taken as one, so that loops over channels, where these come last, are not too short: a
+// power of 2 that divides all rows.
+int64_t rows_side_by_side(const Layout& l) {
+  int64_t rows = 1;
+  while (l.inner == 1 && l.channels * rows < 32 && l.outer % (2 * rows) == 0 && l.outer > 0) rows *= 2;
+  return rows;
+}
+
+// The n values, so many times one after the other.
+template <typename Acc>
+std::vector<Acc> repeated(const Acc* values, int64_t n, int64_t times) {
+  std::vector<Acc> all(n * times);
+  for (int64_t i = 0; i < times; ++i) std::copy(values, values + n, all.data() + i * n);
+  return all;
+}
+
 // running ← (1 − momentum)·running + momentum·batch
 template <typename Acc>
 void move(Acc* running, const Acc* batch, Acc momentum, int64_t c_begin, int64_t c_end) {
@@ -187,13 +203,19 @@ std::tuple<Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor
         scale[c] = gamma ? gamma[c] * rstd[c] : rstd[c];  // γ·r
       }
     };
-    const auto apply = [&](const Tile& t) { passes.forward(l, t, z, out); };
 
     if (!training) {
       std::copy(running_means, running_means + C, mean);
       std::copy(running_vars, running_vars + C, var.data());
       scale_from_var(0, C);
-      tiling.for_tiles([&](const Tile& t, int64_t) { apply(t); });
+      const auto apply = [&](const Tiling& tiling, const PreActivation<T>& z) {
+        tiling.for_tiles([&](const Tile& t, int64_t) { passes.forward(tiling.layout, t, z, out, kStreamedAlone); });
+      };
+      const int64_t rows = rows_side_by_side(l);
+      if (rows == 1) return apply(tiling, z);
+      const auto means = repeated(z.mean, C, rows), scales = repeated(z.scale, C, rows),
+                 biases = repeated(z.bias, C, rows);
+      apply(Tiling({l.outer / rows, C * rows, 1}, false), {x, z.residual, means.data(), scales.data(), biases.data()});
       return;
     }
     const PerPart<Acc> mean_of(tiling), m2_of(tiling);
@@ -208,7 +230,7 @@ std::tuple<Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor
                              for (int64_t c = c_begin; c < c_end; ++c) var[c] *= unbiased;
                              if (running_vars) move(running_vars, var.data(), share, c_begin, c_end);
                            },
-                           apply);
+                           [&](const Tile& t) { passes.forward(l, t, z, out, kStreamed); });
   });
   if (training && N > 0 && running_mean) copy_back(*running_mean, *running_mean_c);
   if (training && N > 0 && running_var) copy_back(*running_var, *running_var_c);

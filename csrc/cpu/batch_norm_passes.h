@@ -34,9 +34,10 @@ inline void with_z(const PreActivation<T>& f, const Use& use) {
 }
 
 template <typename A, typename T>
-FUSED_OPS_VECTORIZED void tile_forward(const Layout& l, const Tile& t, const PreActivation<T>& f, T* y) {
+FUSED_OPS_VECTORIZED void tile_forward(const Layout& l, const Tile& t, const PreActivation<T>& f, T* y,
+                                       int64_t streamed_from) {
   with_z(f, [&](const auto& z) {
-    write_each(l, t, y, [=](int64_t c, int64_t i) { return narrow<T>(A::value(z(c, i))); });
+    write_each(l, t, y, [=](int64_t c, int64_t i) { return narrow<T>(A::value(z(c, i))); }, streamed_from);
   });
 }
 

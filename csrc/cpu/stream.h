@@ -11,7 +11,9 @@
 
 namespace fused_ops {
 
-constexpr int64_t kStreamed = int64_t{1} << 22;  // bytes of an output, from which on it is written past the caches
+// Bytes of an output, from which on it is written past the caches; and of one that is worked out of an input read once,
+// both of which can be in a large cache otherwise.
+constexpr int64_t kStreamed = int64_t{1} << 22, kStreamedAlone = int64_t{1} << 24;
 
 // n elements from a buffer in cache to memory, whole lines of it past the caches.
 template <typename T>

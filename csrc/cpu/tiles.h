@@ -43,13 +43,14 @@ inline void for_each(const Layout& l, const Tile& t, const F& f) {
   }
 }
 
-// out[index] = value(c, index) for each element of a tile: at once, or in runs of memory that are streamed.
+// out[index] = value(c, index) for each element of a tile: at once or, if all of them have so many bytes, in runs of
+// memory that are streamed.
 template <typename T, typename Value>
-inline void write_each(const Layout& l, const Tile& t, T* out, const Value& value) {
+inline void write_each(const Layout& l, const Tile& t, T* out, const Value& value, int64_t streamed_from = kStreamed) {
   constexpr int64_t kRun = 4096 / sizeof(T);
   alignas(64) T run[kRun];
   int64_t o_size = t.rows(), c_size = t.c_end - t.c_begin, i_size = t.i_end - t.i_begin;
-  const bool streamed = l.outer * l.channels * l.inner * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+  const bool streamed = l.outer * l.channels * l.inner * static_cast<int64_t>(sizeof(T)) >= streamed_from;
   if (streamed) {
     i_size = even_size(i_size, kRun);
     c_size = i_size == l.inner ? std::min(c_size, kRun / i_size) : 1;
