@@ -11,8 +11,8 @@
 
 namespace fused_ops {
 
-constexpr int kThreadsSideBySide = 128;  // of a block that has several rows, each with a warp at most
-constexpr int64_t kMostOfWarp = 1024;    // elements of such a row
+constexpr int kThreadsSideBySide = 128;             // of a block that has several rows, each with a warp at most
+constexpr int64_t kMostOfWarp = 1024;               // elements of such a row
 constexpr int64_t kMostClasses = int64_t{1} << 30;  // elements of a part are counted in 32 bits
 
 // Of a part, where a row can have so many. An H100 has room for three such blocks on a processor, of which some compute
