@@ -115,9 +115,8 @@ def test_cross_entropy_of_long_rows(C, shared_memory, clusters, kind, dtype):
     "shape", [(180, 2, 16, 24), (40, 3, 15, 17), (75, 520, 2, 2)], ids=["packs", "single", "many-channels"]
 )
 @pytest.mark.parametrize("shared_memory", [CARD["shared_memory"], 8 * 1024], ids=["on-chip", "off-chip"])
-@pytest.mark.parametrize(
-    "blocks", [{"threads": 256}, {"clusters": False}], ids=["clusters", "all-blocks"]
-)  # of a small card each cluster takes channels of its own; of a large one all blocks share them
+# of a small card each cluster takes channels of its own; of a large one all blocks share them
+@pytest.mark.parametrize("blocks", [{"threads": 256}, {"clusters": False}], ids=["clusters", "all-blocks"])
 def test_batch_norm_of_channels_that_blocks_share(blocks, shared_memory, shape, memory_format, dtype):
     """In one launch, and in two; what is read again is kept, or is not."""
 

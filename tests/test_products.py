@@ -8,9 +8,10 @@ import weakref
 
 import pytest
 import torch
-from checks import F64, FLOATS, assert_as_near, copies, every_device, run, tensors
+from checks import FLOATS, copies, every_device, tensors
 from samples import OPS
 from samples.making import Maker
+from test_ops import assert_matches_torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,11 +85,11 @@ def test_float32_is_multiplied_as_ever(products):
 @pytest.mark.parametrize("name", OPS["linear_cross_entropy"].cases)
 def test_kernel_matches_torch(name, dtype):
     op = OPS["linear_cross_entropy"]
-    sample = op.cases[name].build(dtype, "cpu")
-    assert_as_near(run(op.function, sample), run(op.torch_function, sample), run(op.torch_function, sample, F64))
+    assert_matches_torch(op, op.cases[name], dtype, "cpu")
 
 
-OPTIONS = {"plain": {}, "everything": {"weight": True, "label_smoothing": 0.2, "z_loss": 0.05, "softcap": 3.0}}
+# whether there are class weights; label smoothing, z-loss and softcap
+OPTIONS = {"plain": (False, 0.0, 0.0, None), "everything": (True, 0.2, 0.05, 3.0)}
 
 
 @every_device
@@ -101,18 +102,18 @@ def test_a_slice_is_that_of_the_whole(classes, first, n, options, dtype, device)
     logits, dloss = make(20, classes, requires_grad=False), make(20, dtype=accumulate_dtype(dtype), requires_grad=False)
     target = make.indices(20, classes=classes)
     target[3], target[5] = ignore_index, first
-    weight, eps, z_loss, softcap = map(OPTIONS[options].get, OPTIONS["everything"])
-    weight = make.weights(classes, requires_grad=False) if weight else None
-    smooth = ignore_index, "none", eps or 0.0, z_loss or 0.0, softcap
+    weighted, eps, z_loss, softcap = OPTIONS[options]
+    weight = make.weights(classes, requires_grad=False) if weighted else None
+    smooth = ignore_index, "none", eps, z_loss, softcap
     _, stats, divisor = torch.ops.fused_ops.cross_entropy_forward(logits, target, weight, *smooth)
     saved = logits, target, weight, stats, divisor
     whole, _ = torch.ops.fused_ops.cross_entropy_backward(dloss, *saved, *smooth, True, False)
-    t, _ = dense_targets(target, weight, ignore_index, eps or 0.0, logits.to(stats.dtype))
-    A = t.sum(1) + 2 * (z_loss or 0.0) * stats.sum(0)
+    t, _ = dense_targets(target, weight, ignore_index, eps, logits.to(stats.dtype))
+    A = t.sum(1) + 2 * z_loss * stats.sum(0)
 
     op = torch.ops.fused_ops.cross_entropy_slice_backward_.default
     part = logits[:, first : first + n].contiguous()
-    args = dloss, part, target, weight, stats, A, first, classes, ignore_index, eps or 0.0, softcap
+    args = dloss, part, target, weight, stats, A, first, classes, ignore_index, eps, softcap
     results = torch.library.opcheck(op, copies(args), test_utils=["test_schema", "test_faketensor"])
     assert set(results.values()) == {"SUCCESS"}
     of_kernel, of_reference = copies(args), copies(args)

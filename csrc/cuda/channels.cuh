@@ -214,12 +214,10 @@ struct TwiceRead {
 
   template <int kAtOnce>
   __device__ void load(const Places<kAtOnce>& places, P (&packs)[kAtOnce]) const {
+    if (!task.keeps) return fused_ops::load(tensor, places, packs);
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) {
-      const P* from =
-          task.keeps ? kept(places.first) + u * kThreads : reinterpret_cast<const P*>(tensor + places.offsets[u]);
-      if (u < places.n) packs[u] = *from;
-    }
+    for (int u = 0; u < kAtOnce; ++u)
+      if (u < places.n) packs[u] = kept(places.first)[u * kThreads];
   }
 };
 
@@ -328,17 +326,20 @@ void launch_over(const Batch& batch, bool merges, int twice_read, void (*kernel)
                   args...);
   }
 
-  const int64_t of_cluster = can_cluster(device, kernel) ? std::min<int64_t>(chunks, kMaxCluster) : 1;
-  if (chunks == 1 || 2 * split.strips * of_cluster >= together(0)) {
+  // The driver is not asked about small batches, for which that would take a good part of the time.
+  const bool is_small = chunks == 1 && memory_to_keep() <= kUnaskedMemory;
+  const int64_t at_once = is_small ? 0 : together(0);
+  const int64_t of_cluster = chunks > 1 && can_cluster(device, kernel) ? std::min<int64_t>(chunks, kMaxCluster) : 1;
+  if (chunks == 1 || 2 * split.strips * of_cluster >= at_once) {
     split.cut_strips(of_cluster);
     const int64_t memory = memory_to_keep();
-    const bool keeps = applies && (memory <= kUnaskedMemory || together(memory) == together(0));
+    const bool keeps = applies && (memory <= kUnaskedMemory || together(memory) == at_once);
     const Task both{true, applies, keeps ? static_cast<int>(split.packs()) : 0};
     const Grid grid{split.blocks(), split.threads(), keeps ? memory : 0, false, static_cast<int>(split.chunks())};
     return launch(batch.input, grid, kernel, split, both, nullptr, args...);
   }
 
-  split.cut_strips(std::clamp<int64_t>(together(0) / split.strips, 1, chunks));
+  split.cut_strips(std::clamp<int64_t>(at_once / split.strips, 1, chunks));
   Tensor reports = empty_beside(batch.input, {split.chunks() * split.channels * int64_t{sizeof(V)}}, ScalarType::Byte);
   V* partial = static_cast<V*>(reports.mutable_data_ptr());
   const Grid grid{split.blocks(), split.threads(), 0, true};

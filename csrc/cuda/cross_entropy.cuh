@@ -124,25 +124,23 @@ __device__ void write_gradients(const Part<T>& part, const Cap& cap, const Targe
           y = load<P>(y_row, c);
           t_of_pack.y = y.values;
         }
-        const int64_t c_first = part.first + c;
+        const auto t_but_nll = [&](int k) {  // what t has at the k-th class, without what the target alone has
+          const Acc t_k = t_of_pack(part.first + c + k, k);
+          return Targets::kProbabilities ? t_k : row.share * t_k;
+        };
 #pragma unroll
         for (int k = 0; k < P::kSize; ++k) {
           const Acc s = cap(x.values[k]), p = softmax(s - row.m);
-          if constexpr (Targets::kProbabilities) {
-            dx.values[k] = narrow<T>(row.g * (row.A * p - t_of_pack(c_first + k, k)) * cap.slope(s));
-            dy.values[k] = narrow<T>(row.g * t.slope(c_first + k) * (row.log_z - (s - row.m)));
-          } else if constexpr (Targets::kDense) {
-            dx.values[k] = narrow<T>(row.g * (row.A * p - row.share * t(c_first + k, k)) * cap.slope(s));
-          } else {
-            dx.values[k] = narrow<T>(gA * p * cap.slope(s));
-          }
+          dx.values[k] = narrow<T>((Targets::kDense ? row.g * (row.A * p - t_but_nll(k)) : gA * p) * cap.slope(s));
+          if constexpr (Targets::kProbabilities)
+            dy.values[k] = narrow<T>(row.g * t.slope(part.first + c + k) * (row.log_z - (s - row.m)));
         }
         if (!Targets::kProbabilities && static_cast<unsigned>(c_of_y - c) < P::kSize) {  // in one pack of a row
 #pragma unroll
           for (int k = 0; k < P::kSize; ++k) {
             const Acc s = cap(x.values[k]), p = softmax(s - row.m);
-            const Acc t_c = row.nll + row.share * t(c_first + k, k);
-            if (c + k == c_of_y) dx.values[k] = narrow<T>(row.g * (row.A * p - t_c) * cap.slope(s));
+            const Acc t_k = row.nll + t_but_nll(k);
+            if (c + k == c_of_y) dx.values[k] = narrow<T>(row.g * (row.A * p - t_k) * cap.slope(s));
           }
         }
         if (dx_row) store(dx_row, c, dx);

@@ -90,7 +90,7 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, *options):
     chunk_size = chunk_size or (1024 if W.dtype != g.dtype else default_chunk_size(input))
     chunks = max(1, math.ceil(N / chunk_size))
     chunk_size = max(1, math.ceil(N / chunks))  # as many chunks, but of about the same size
-    losses, stats = g.new_empty(target.shape[0]), g.new_empty(2, target.shape[0])  # (N·D), (2, N·D)
+    losses, stats = g.new_empty(target.shape[0]), []  # (N·D); of each chunk (2, n·D)
     room = W.new_empty(max(N, chunk_size * W.shape[0]))  # for the logits of a chunk, or of one class of all rows
     dinput = input.new_empty(input.shape) if needs[0] else input.new_empty(0)
     db = g.new_zeros(W.shape[0] if needs[2] else 0)
@@ -110,10 +110,10 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, *options):
             y = y.to(W.dtype) if y.is_floating_point() else y
             z = _logits(x, W, linear_bias, room)  # (n, D·C)
             logits = z.view(-1, classes)  # (n·D, C)
-            losses[rows], stats[:, rows], divisor = ce.forward_op(logits, y, weight, ignore_index, "none", *smooth)
+            losses[rows], *saved = ce.forward_op(logits, y, weight, ignore_index, "none", *smooth)
+            stats.append(saved[0])
             if not any(needs):
                 continue
-            saved = stats[:, rows], divisor
             dy = ce.backward_op_(g[rows], logits, y, weight, *saved, ignore_index, "none", *smooth, needs[3])
             if needs[2]:
                 db += z.sum(0, dtype=db.dtype)  # (D·C): the gradient lies where the logits were
@@ -125,7 +125,7 @@ def _in_chunks(g, input, linear_weight, linear_bias, target, weight, *options):
                 dtarget[rows] = dy
         if in_sum < W.shape[0]:
             _round_in_place(sums, dW)
-            _other_classes(g, stats, (input, W, linear_bias, target, weight), options, room, dW, in_sum)
+            _other_classes(g, torch.cat(stats, 1), (input, W, linear_bias, target, weight), options, room, dW, in_sum)
     if N == 0:
         dW.zero_()
     return losses, dinput, dW.to(input.dtype), db.to(input.dtype), dtarget
