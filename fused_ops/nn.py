@@ -16,6 +16,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     `activation` is that of `fused_ops.functional.batch_norm`, and so is the `residual` that `forward` takes.
     """
 
+    activation = None  # of a layer that `convert` has made ours
+
     def __init__(self, *args, activation=None, **kwargs):
         super().__init__(*args, **kwargs)
         check_activation(activation)
@@ -71,6 +73,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     `z_loss`, `softcap` and `inplace_grad` are its further options.
     """
+
+    z_loss, softcap, inplace_grad = 0.0, None, False  # of a loss that `convert` has made ours
 
     def __init__(self, *args, z_loss=0.0, softcap=None, inplace_grad=False, **kwargs):
         super().__init__(*args, **kwargs)
@@ -196,3 +200,27 @@ class MLP(torch.nn.Module):
         linear, norm, output = self.linear, self.norm, self.output
         parameters = linear.weight, linear.bias, norm.weight, norm.bias, output.weight, output.bias
         return self.embedding.weight, *parameters, norm.running_mean, norm.running_var
+
+
+def convert(model):
+    """Make a model's `torch.nn.BatchNorm1d/2d/3d` and `torch.nn.CrossEntropyLoss` ours, in place.
+
+    A layer stays the object that it is, with its parameters, buffers, options and hooks; its class alone becomes that
+    of its namesake here. So an optimiser that has the parameters goes on, and checkpoints load both ways.
+
+    Args:
+        model: a `torch.nn.Module`, which may itself be such a layer. Convert it before `torch.compile`.
+
+    Returns:
+        The model. Layers of other classes are left alone, those derived from these among them (and lazy ones until
+        their first batch): what they do may be something else.
+    """
+    for module in model.modules():
+        if ours := _NAMESAKES.get(type(module)):
+            module.__class__ = ours
+    return model
+
+
+_NAMESAKES = {
+    getattr(torch.nn, ours.__name__): ours for ours in (BatchNorm1d, BatchNorm2d, BatchNorm3d, CrossEntropyLoss)
+}

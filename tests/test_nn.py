@@ -198,3 +198,69 @@ def test_a_model_of_our_layers_trains_like_one_of_torchs():
     ours, theirs = list(losses(fused_ops.nn)), list(losses(torch.nn))
     assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert ours[-1] < 0.8 * ours[0]
+
+
+class Block(torch.nn.Module):
+    """A residual block and its loss: its layers are attributes, in a list, and used twice."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.convolution, self.norm = torch.nn.Conv2d(3, 4, 1), layers.BatchNorm2d(4, eps=1e-3, momentum=None)
+        self.more = torch.nn.ModuleList([torch.nn.Linear(4, 4), layers.BatchNorm1d(4, affine=False)])
+        self.loss = layers.CrossEntropyLoss(torch.tensor([0.5, 1.5, 2.0, 0.25]), label_smoothing=0.1)
+
+    def forward(self, x, target):
+        h = self.convolution(x)
+        h = (h + torch.relu(self.norm(self.norm(h)))).mean((2, 3))
+        for layer in self.more:
+            h = layer(h)
+        return self.loss(h, target)
+
+
+def test_convert_makes_a_model_ours_while_it_trains():
+    """Half-way: the optimiser, the state, hooks and options stay, and so does what the model computes."""
+    torch.manual_seed(0)
+    theirs = Block(torch.nn)
+    ours = copy.deepcopy(theirs)
+    seen = []
+    hook = ours.norm.register_forward_hook(lambda norm, input, output: seen.append(type(norm)))
+    x, target = torch.randn(6, 3, 5, 2), torch.randint(4, (6,))
+    losses = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(6):
+            if step == 3 and model is ours:
+                parameters, keys = list(model.parameters()), model.state_dict().keys()
+                assert fused_ops.convert(model) is model
+                assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+                assert model.state_dict().keys() == keys
+            optimizer.zero_grad()
+            losses.append(model(x, target))
+            losses[-1].backward()
+            optimizer.step()
+    assert_close(losses[:6], losses[6:])
+    assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+    assert [type(layer) for layer in (ours.norm, ours.more[1], ours.loss)] == [
+        fused_ops.nn.BatchNorm2d,
+        fused_ops.nn.BatchNorm1d,
+        fused_ops.nn.CrossEntropyLoss,
+    ]
+    assert seen == 6 * [torch.nn.BatchNorm2d] + 6 * [fused_ops.nn.BatchNorm2d]
+    assert repr(ours) == repr(theirs)
+    hook.remove()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, target), theirs(x, target))
+
+
+def test_convert_leaves_what_it_does_not_know():
+    class Subclass(torch.nn.BatchNorm1d):
+        pass
+
+    alone = torch.nn.BatchNorm3d(2)
+    assert type(fused_ops.convert(alone)) is fused_ops.nn.BatchNorm3d
+    layers = [Subclass(4), torch.nn.SyncBatchNorm(4), torch.nn.LazyBatchNorm1d(), torch.nn.NLLLoss()]
+    layers += [fused_ops.nn.BatchNorm1d(4, activation="relu"), torch.jit.script(torch.nn.BatchNorm1d(4))]
+    types = [type(layer) for layer in layers]
+    model = fused_ops.convert(torch.nn.Sequential(*layers))
+    assert [type(layer) for layer in model] == types
+    assert model[4].activation == "relu"
