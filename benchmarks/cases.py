@@ -10,12 +10,14 @@ The limit of a pass is that least work at the speed measured beside it. Of n byt
     batch_norm + add + relu forward reads the residual, too (3n), and backward writes its gradient (4n); both 7n.
                             The mask of relu, with add or without, is not counted: a bit an element would do
     linear_cross_entropy    one matrix product of 2·N·H·C FLOPs forward, two backward; both 6·N·H·C
+    residual_block          two convolutions of 2·N·H·W·9·C² FLOPs each forward, twice that backward
     mlp                     two matrix products of 2·N·H·(F + V) FLOPs together forward, twice that backward
 
 Targets, parameters and statistics are small beside these and not counted.
 """
 
 import functools
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Callable
@@ -72,6 +74,7 @@ class Case:
     flops: int | None = None  # of the matrix products forward; None: bytes are what limits the op
     product: tuple | None = None  # rows, inner size and columns of the product that their rate is measured on
     others: dict = field(default_factory=dict)  # further implementations by name
+    tolerance: float | None = None  # of the norm of what eager gives; None: what goes for the dtype
     quick: bool = False  # measured with --quick
     curve: bool = False  # only there to show how cost grows with size
 
@@ -183,6 +186,49 @@ def batch_norm(shape, dtype=torch.float32, followed_by="", channels_last=False, 
     )
 
 
+def _residual_block(norm_relu, norm_add_relu, input, W1, W2, *norms):
+    """That of a ResNet. `norms` are the parameters and running statistics of both batch norms."""
+    h = norm_relu(torch_F.conv2d(input, W1, padding=1), *norms[:4])
+    return norm_add_relu(torch_F.conv2d(h, W2, padding=1), *norms[4:], input)
+
+
+def _eager_residual_block(*args):
+    return _residual_block(_norm_relu, _norm_add_relu, *args)
+
+
+def residual_block(shape, channels_last=False, **options):
+    """What batch norm is worth where it is used: between convolutions, which have most of the work."""
+    N, C, H, W = shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def tensors(device):
+        def normal(*shape, scale=1.0):
+            return torch.randn(shape, device=device).mul_(scale).contiguous(memory_format=layout)
+
+        def norm():
+            parameters = [(torch.rand(C, device=device) + 0.5).requires_grad_() for _ in range(2)]
+            return *parameters, torch.zeros(C, device=device), torch.ones(C, device=device)
+
+        weights = [normal(C, C, 3, 3, scale=(9 * C) ** -0.5).requires_grad_() for _ in range(2)]
+        return Tensors((normal(*shape).requires_grad_(), *weights, *norm(), *norm()), upstream=normal(*shape))
+
+    of_convolution = N * H * W, 9 * C, C
+    return Case(
+        op="residual_block",
+        shape=shape,
+        dtype=torch.float32,
+        tensors=tensors,
+        eager=_eager_residual_block,
+        fused=functools.partial(_residual_block, _fused_norm_relu, _fused_norm_relu),
+        work={"forward": 1, "backward": 2, "both": 3},
+        variant="channels_last" * channels_last,
+        flops=2 * 2 * math.prod(of_convolution),
+        product=of_convolution,
+        tolerance=1e-2,  # rounding decides on which side of ReLU some values are
+        **options,
+    )
+
+
 def linear_cross_entropy(rows, features, classes, dtype, **options):
     def tensors(device):
         input = torch.randn(rows, features, dtype=dtype, device=device).requires_grad_()
@@ -274,6 +320,11 @@ def cpu_cases():
             yield batch_norm((32, 64, 56, 56), dtype, channels_last=channels_last)
     for rows in (32, 1024, 8192):
         yield batch_norm((rows, 256), curve=True)
+
+    yield residual_block((2, 16, 14, 14), quick=True)
+    for shape in ((16, 64, 56, 56), (16, 256, 14, 14)):
+        for channels_last in (False, True):
+            yield residual_block(shape, channels_last)
 
     yield linear_cross_entropy(256, 128, 4096, float32, quick=True)
     yield linear_cross_entropy(2048, 768, 32000, float32)

@@ -59,7 +59,7 @@ class CaseRun:
                 with implementation.context():
                     results = _results(implementation, tensors)
                     expected = expected or results
-                    _check(name, results, expected, TOLERANCE[case.dtype])
+                    _check(name, results, expected, case.tolerance or TOLERANCE[case.dtype])
                     del results
                     self.peaks[name] = peak(lambda: _results(implementation, tensors), tensors, device)  # noqa: B023
             except Exception as error:

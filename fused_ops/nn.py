@@ -13,7 +13,8 @@ __all__ = ["MLP", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "CrossEntropyLoss
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What `BatchNorm1d/2d/3d` share: which statistics to use, and how far the running ones move.
 
-    `activation` is that of `fused_ops.functional.batch_norm`, and so is the `residual` that `forward` takes.
+    `activation` is that of `fused_ops.functional.batch_norm`, and so is the `residual` that `forward` takes. (What
+    makes another layer of one, as `SyncBatchNorm.convert_sync_batchnorm` does, knows nothing of it, and drops it.)
     """
 
     activation = None  # of a layer that `convert` has made ours
