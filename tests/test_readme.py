@@ -1,4 +1,4 @@
-"""The README's examples, as they stand there."""
+"""The examples of the README and of docs/recipes.md, as they stand there."""
 
 import re
 import subprocess
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 ONE_LINERS = re.findall(r'^\.venv/bin/python -c "(.*?)"$', README, re.DOTALL | re.MULTILINE)
 NAMES = ["hessian-vector product", "per-sample gradients", "compiled network"]
 NEEDS_TORCH_2_13 = pytest.mark.skipif(
@@ -17,11 +19,23 @@ NEEDS_TORCH_2_13 = pytest.mark.skipif(
 )
 
 
+def python_of(page):
+    return re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+
 def test_the_drop_in_layers_train():
-    (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    (example,) = python_of(README)
     names = {}
     exec(example, names)
     assert all(p.grad.isfinite().all() for p in names["model"].parameters())
+
+
+def test_the_recipes_run():
+    """They compare with torch themselves."""
+    names, recipes = {}, python_of(RECIPES)
+    assert len(recipes) == 5
+    for recipe in recipes:
+        exec(recipe, names)
 
 
 @pytest.mark.parametrize(
