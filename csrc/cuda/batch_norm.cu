@@ -260,13 +260,23 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
     const int64_t c = share.channel + l;
     channels[l] = channel_of(terms, c, Standard<Acc>{mean[c], rstd[c]});
   }
+  // If dz is to be given, and T does not round it, the first half does that, and the second reads it.
+  const bool dz_is_exact = sizeof(T) > 2 || terms.activation == Activation::kRelu;
+  const bool first_writes_dz = kActivated && dz_is_exact && gradients.dresidual && gradients.dweight && !task.keeps;
+  const auto write_dz = [&](int64_t offset, const Acc(&dz)[P::kSize]) {
+    P dresidual;
+#pragma unroll
+    for (int k = 0; k < P::kSize; ++k) dresidual.values[k] = narrow<T>(dz[k]);
+    store(gradients.dresidual, offset, dresidual);
+  };
   Sums<Acc> sums[P::kLanes];
   if (task.finds && gradients.dweight) {
     inputs.keep(share);
     with_dz<kActivated>(share, terms, inputs, channels,
-                        [&](int64_t, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
+                        [&](int64_t offset, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
 #pragma unroll
                           for (int k = 0; k < P::kSize; ++k) sums[k % P::kLanes].merge({dz[k], dz[k] * x_hat[k]});
+                          if (first_writes_dz) write_dz(offset, dz);
                         });
     merge_threads(split.threads_apart, sums);
     if (!partial) merge_cluster(split.chunks(), split.threads_apart, sums);
@@ -289,20 +299,22 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
   const Acc N = static_cast<Acc>(split.rows) * static_cast<Acc>(split.positions);
 #pragma unroll
   for (int l = 0; l < P::kLanes; ++l) sums[l] = {sums[l].dz / N, sums[l].dz_x_hat / N};  // from here on means
-  with_dz<kActivated>(share, terms, inputs, channels,
-                      [&](int64_t offset, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
-                        P dx, dresidual;
+  const auto write = [&](int64_t offset, const Acc(&x_hat)[P::kSize], const Acc(&dz)[P::kSize]) {
+    P dx;
 #pragma unroll
-                        for (int k = 0; k < P::kSize; ++k) {
-                          const Channel<Acc>& channel = channels[k % P::kLanes];
-                          const Sums<Acc>& means = sums[k % P::kLanes];
-                          const Acc centred = training ? dz[k] - means.dz - x_hat[k] * means.dz_x_hat : dz[k];
-                          dx.values[k] = narrow<T>(channel.weight * channel.rstd * centred);
-                          dresidual.values[k] = narrow<T>(dz[k]);
-                        }
-                        if (gradients.dx) store(gradients.dx, offset, dx);
-                        if (gradients.dresidual) store(gradients.dresidual, offset, dresidual);
-                      });
+    for (int k = 0; k < P::kSize; ++k) {
+      const Channel<Acc>& channel = channels[k % P::kLanes];
+      const Sums<Acc>& means = sums[k % P::kLanes];
+      const Acc centred = training ? dz[k] - means.dz - x_hat[k] * means.dz_x_hat : dz[k];
+      dx.values[k] = narrow<T>(channel.weight * channel.rstd * centred);
+    }
+    if (gradients.dx) store(gradients.dx, offset, dx);
+    if (gradients.dresidual && !first_writes_dz) write_dz(offset, dz);
+  };
+  if (first_writes_dz)
+    with_dz<false>(share, terms, Inputs<P, T>{inputs.x, {task, gradients.dresidual, 1}}, channels, write);
+  else
+    with_dz<kActivated>(share, terms, inputs, channels, write);
 }
 
 }  // namespace
