@@ -259,7 +259,9 @@ def test_convert_leaves_what_it_does_not_know():
     alone = torch.nn.BatchNorm3d(2)
     assert type(fused_ops.convert(alone)) is fused_ops.nn.BatchNorm3d
     layers = [Subclass(4), torch.nn.SyncBatchNorm(4), torch.nn.LazyBatchNorm1d(), torch.nn.NLLLoss()]
-    layers += [fused_ops.nn.BatchNorm1d(4, activation="relu"), torch.jit.script(torch.nn.BatchNorm1d(4))]
+    parametrized = torch.nn.BatchNorm1d(4)  # whose class is made for it
+    torch.nn.utils.parametrize.register_parametrization(parametrized, "weight", torch.nn.Identity())
+    layers += [fused_ops.nn.BatchNorm1d(4, activation="relu"), parametrized]
     types = [type(layer) for layer in layers]
     model = fused_ops.convert(torch.nn.Sequential(*layers))
     assert [type(layer) for layer in model] == types
