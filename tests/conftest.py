@@ -8,6 +8,8 @@ from pathlib import Path
 
 # A graph in PyTorch's cache is known by its ops, not by their gradients: it would outlive a change of these.
 os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+# Threads that wait for others are not to keep a processor from these: pytest's workers have as many each as there are.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
