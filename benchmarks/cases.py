@@ -30,6 +30,7 @@ import fused_ops.functional as F
 from benchmarks import memory, peers
 
 PASSES = ("forward", "backward", "both")
+OF_PRODUCTS = {"forward": 1, "backward": 2, "both": 3}  # the work of matrix products: two gradients for one product
 FUSED = "fused_ops"
 IN_PLACE = "fused_ops, inplace_grad"
 CHUNKED = "PyTorch, chunked"
@@ -159,19 +160,26 @@ FOLLOWED_BY = {
 }
 
 
+def _layout(channels_last):
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _of_norm(channels, device):
+    """Parameters and running statistics: in float32 whatever the dtype of the input, as in mixed precision."""
+    parameters = [torch.randn(channels, device=device).requires_grad_() for _ in range(2)]
+    return *parameters, torch.zeros(channels, device=device), torch.ones(channels, device=device)
+
+
 def batch_norm(shape, dtype=torch.float32, followed_by="", channels_last=False, **options):
     eager, fused, work = FOLLOWED_BY[followed_by]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def tensors(device):
         def like_input():
-            return torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=layout)
+            return torch.randn(shape, dtype=dtype, device=device).contiguous(memory_format=_layout(channels_last))
 
-        # In float32 whatever the dtype, as in mixed precision.
-        parameters = [torch.randn(shape[1], device=device).requires_grad_() for _ in range(2)]
-        running = torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)
+        norm = _of_norm(shape[1], device)
         residual = [like_input().requires_grad_()] if "add" in followed_by else []
-        return Tensors((like_input().requires_grad_(), *parameters, *running, *residual), upstream=like_input())
+        return Tensors((like_input().requires_grad_(), *norm, *residual), upstream=like_input())
 
     return Case(
         op="batch_norm",
@@ -192,25 +200,17 @@ def _residual_block(norm_relu, norm_add_relu, input, W1, W2, *norms):
     return norm_add_relu(torch_F.conv2d(h, W2, padding=1), *norms[4:], input)
 
 
-def _eager_residual_block(*args):
-    return _residual_block(_norm_relu, _norm_add_relu, *args)
-
-
 def residual_block(shape, channels_last=False, **options):
     """What batch norm is worth where it is used: between convolutions, which have most of the work."""
     N, C, H, W = shape
-    layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def tensors(device):
         def normal(*shape, scale=1.0):
-            return torch.randn(shape, device=device).mul_(scale).contiguous(memory_format=layout)
-
-        def norm():
-            parameters = [(torch.rand(C, device=device) + 0.5).requires_grad_() for _ in range(2)]
-            return *parameters, torch.zeros(C, device=device), torch.ones(C, device=device)
+            return torch.randn(shape, device=device).mul_(scale).contiguous(memory_format=_layout(channels_last))
 
         weights = [normal(C, C, 3, 3, scale=(9 * C) ** -0.5).requires_grad_() for _ in range(2)]
-        return Tensors((normal(*shape).requires_grad_(), *weights, *norm(), *norm()), upstream=normal(*shape))
+        norms = *_of_norm(C, device), *_of_norm(C, device)
+        return Tensors((normal(*shape).requires_grad_(), *weights, *norms), upstream=normal(*shape))
 
     of_convolution = N * H * W, 9 * C, C
     return Case(
@@ -218,9 +218,9 @@ def residual_block(shape, channels_last=False, **options):
         shape=shape,
         dtype=torch.float32,
         tensors=tensors,
-        eager=_eager_residual_block,
+        eager=functools.partial(_residual_block, _norm_relu, _norm_add_relu),
         fused=functools.partial(_residual_block, _fused_norm_relu, _fused_norm_relu),
-        work={"forward": 1, "backward": 2, "both": 3},
+        work=OF_PRODUCTS,
         variant="channels_last" * channels_last,
         flops=2 * 2 * math.prod(of_convolution),
         product=of_convolution,
@@ -242,7 +242,7 @@ def linear_cross_entropy(rows, features, classes, dtype, **options):
         tensors=tensors,
         eager=memory.eager,
         fused=F.linear_cross_entropy,
-        work={"forward": 1, "backward": 2, "both": 3},
+        work=OF_PRODUCTS,
         flops=2 * rows * features * classes,
         product=(rows, features, classes),
         others={CHUNKED: Implementation(memory.chunked, optional=True)},  # from torch 2.13 on
@@ -279,7 +279,7 @@ def mlp(rows, characters, embedding, hidden, vocab_size, **options):
         tensors=tensors,
         eager=_eager_mlp,
         fused=functools.partial(F.mlp, training=True),
-        work={"forward": 1, "backward": 2, "both": 3},
+        work=OF_PRODUCTS,
         flops=2 * rows * hidden * (fan_in + vocab_size),
         product=(1024, 1024, 1024),  # one of the network's own is so small that the call would be measured
         **options,

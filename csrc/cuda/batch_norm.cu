@@ -288,7 +288,7 @@ __global__ void FUSED_OPS_SMALL_BLOCK(T)
       for (int l = 0; l < P::kLanes; ++l) gradients.finish(share.channel + l, sums[l]);
     }
   }
-  if (!task.applies) return;
+  if (!task.applies || (first_writes_dz && !gradients.dx)) return;
   if (!task.keeps) share.reverse();
 
   if (partial) {
