@@ -1,4 +1,4 @@
-"""Train a character-level model of names on one rung of the ladder, and sample new names from it.
+"""Train a character-level model of names on one rung of the ladder, and sample names from it.
 
 Writes to --out: loss.png (the loss curve), losses.csv (the loss of every minibatch) and checkpoint.pt, which --resume
 continues exactly. Ctrl-C stops after the step at hand and leaves the same files.
@@ -171,7 +171,7 @@ class Run:
 
     @torch.no_grad()
     def sample(self):
-        """New names, drawn a character at a time; the same ones for the same model."""
+        """Names, drawn a character at a time; the same ones for the same model."""
         g = torch.Generator().manual_seed(self.options["seed"] + 10)
         for _ in range(SAMPLES):
             context, name = [0] * self.options["block_size"], []

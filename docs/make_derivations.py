@@ -5,6 +5,7 @@ It reads the sources and imports none of them, so any Python runs it. `tests/tes
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,11 +17,20 @@ INTRODUCTION = """\
 How every gradient of `fused_ops` is derived: the rules that all of it rests on, and then, op by op, the forward
 formula, the first derivative, and the second derivatives with forward mode. `make docs` collects this page from the
 docstrings of the files it names, which are the text to edit. The tests prove the formulas in them by sympy, and compare
-them with the code."""
+them with the code. Symbols hold within one section.
+
+Whoever comes from the lecture reads the rules, and beside them [steps.py](../fused_ops/steps.py), does the exercises,
+[exercises/backprop.py](../exercises/backprop.py), and goes on with the forward formula and first derivative of
+cross-entropy, of batch norm and of the whole network; the rest can wait. Its words: a gradient says how fast the loss
+moves with each input; *forward mode* asks how fast everything moves where the inputs move in one given direction. How
+fast q moves, its *tangent*, is written d(q), q̇ or q_t. A second derivative is a derivative of the gradient: *reverse
+over reverse* takes a gradient back through the backward pass, *forward over reverse* moves the backward pass in one
+direction. The *accumulate dtype* is float32 for tensors of 16 bits, else their own."""
 
 # heading, file, and the names in it whose docstrings to take; None is the file's own
 SECTIONS = (
     ("## The rules", "fused_ops/steps.py", (None,)),
+    ("### From the steps to one go", "fused_ops/steps.py", ("dlogits_one_shot", "dhprebn_one_shot")),
     ("## Cross-entropy", OPS + "cross_entropy.py", (None,)),
     ("### Forward", OPS + "cross_entropy.py", ("cross_entropy_forward",)),
     ("### First derivative", OPS + "cross_entropy.py", ("cross_entropy_backward",)),
@@ -44,20 +54,46 @@ SECTIONS = (
 )
 
 
+PICTURED = "## The rules"
+PICTURE = """\
+The network, from its parameters down to the loss. Gradients go the other way along the same arrows; where a
+value has several (bold), it sums what comes back from each (rule 3)."""
+
+
 def page():
     """The whole page, as Markdown."""
     blocks, previous = [TITLE, INTRODUCTION], None
     for heading, file, names in SECTIONS:
         blocks += [heading] if file == previous else [heading, f"From [{Path(file).name}](../{file})."]
         previous = file
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        source = (ROOT / file).read_text(encoding="utf-8")
+        tree = ast.parse(source)
         nodes = {node.name: node for node in ast.walk(tree) if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
         nodes[None] = tree
         for name in names:
             if name is not None and len(names) > 1:
                 blocks.append(f"**`{name}`**")
             blocks += markdown(ast.get_docstring(nodes[name and name.rpartition(".")[2]]))
+        if heading == PICTURED:
+            blocks += [PICTURE, picture(source, tree)]
     return "\n\n".join(blocks) + "\n"
+
+
+def picture(source, tree):
+    """The steps of the network as a diagram: each value with its shape, and an arrow to each that is made of it."""
+    steps, uses = {}, Counter()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and [d for d in node.decorator_list if getattr(d, "id", None) == "Step"]:
+            returned = source.splitlines()[node.body[-1].lineno - 1]
+            steps[node.name] = [a.arg for a in node.args.args], re.search(r"# (\([^:]*\))", returned)[1]
+            uses.update(steps[node.name][0])
+    lines = ["flowchart TB"]
+    for name, (inputs, shape) in steps.items():
+        lines.append(f'    {name}["{name} {shape}"]')
+        lines += [f"    {value} --> {name}" for value in inputs if value != "correction"]
+    lines.append("    classDef several font-weight:bold,stroke-width:3px")
+    lines.append(f"    class {','.join(name for name in steps if uses[name] > 1)} several")
+    return "\n".join(["```mermaid", *lines, "```"])
 
 
 def markdown(docstring):

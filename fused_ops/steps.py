@@ -1,4 +1,5 @@
-"""The ladder's first rung: the lecture's network in elementary steps, each with its backward pass written by hand.
+"""The network of the lecture "Becoming a backprop ninja" (makemore, part 4) in elementary steps, each with its backward
+pass written by hand.
 
 A character-level model of names: the last few characters go through an embedding, a linear layer, batch norm, tanh
 and a second linear layer to a distribution over the next character, whose cross-entropy is the loss. Nothing here
@@ -12,10 +13,10 @@ The rules that every step below uses, each on a line of the network:
 
 1.  **What a gradient is.** dx says how fast the loss changes as one element of x changes, all else as it is. Nudge
     b2[0] by 1e-4, run the network again, and the loss moves by about 1e-4 · db2[0]. (`tests/test_steps.py` does that
-    to every number here.)
-2.  **The chain rule.** counts = exp(norm_logits), and exp is its own derivative, so a nudge of norm_logits reaches
-    counts times `counts`, and the loss times `dcounts` more: dnorm_logits = counts · dcounts. A step's backward pass
-    needs only what comes back to its output and the values it saw.
+    to an element of every value here.)
+2.  **The chain rule.** counts = exp(norm_logits), and exp is its own derivative: nudging norm_logits by δ moves counts
+    by counts · δ, and so the loss by dcounts · counts · δ. That is, dnorm_logits = counts · dcounts. A step's backward
+    pass needs only what comes back to its output and the values it saw.
 3.  **A value used in several places sums what comes back from each.** counts is used by counts_sum and by probs; a
     nudge of it moves the loss through both: dcounts is the sum of two terms. The function `backward` does that summing.
 4.  **Broadcasting forward is a sum backward.** hprebn = embcat @ W1 + b1 uses b1 once in each row, that is in N
@@ -24,15 +25,16 @@ The rules that every step below uses, each on a line of the network:
     every element of the row gets dcounts_sum.
 6.  **Indexing forward is a scatter-add backward.** emb = C[Xb] copies rows of C; row k of dC is the sum of demb over
     the places where Xb is k (rule 3 again).
-7.  **The gradient of a matrix product follows from the shapes alone.** logits = h @ W2 is (N, V) = (N, H) @ (H, V).
-    dh must be (N, H), made of dlogits (N, V) and W2 (H, V): only dlogits @ W2.T has that shape. Likewise dW2 (H, V)
-    can only be h.T @ dlogits.
+7.  **The gradient of a matrix product is a matrix product.** logits = h @ W2 is (N, V) = (N, H) @ (H, V). It uses
+    h[n, j] once for each v, times W2[j, v], so (rule 3) dh[n, j] is the sum of dlogits[n, v] · W2[j, v] over v: dh =
+    dlogits @ W2.T. Likewise dW2 = h.T @ dlogits sums over n. The shapes help to remember which is transposed: dh must
+    be (N, H), and where N, H and V differ no other product of dlogits and W2 is.
 
 And why a derivative is zero: loss = -logprobs[range(N), Yb].mean() picks one element of each row. Nudge another one
 and the loss does not move, so dlogprobs is zero there, and -1/N at the elements picked.
 
-The formulas, and the order of their arithmetic, are those of the lecture "Becoming a backprop ninja" (makemore, part
-4). `python -m fused_ops.compare` sets every gradient beside autograd's.
+The formulas, and the order of their arithmetic, are the lecture's. `python -m fused_ops.compare` sets every gradient
+beside autograd's. To write them yourself first, as the lecture asks you to: `exercises/backprop.py`.
 """
 
 import inspect
@@ -47,9 +49,10 @@ STEPS = []  # in the order of the forward pass
 class Step:
     """One value of the network: how it is computed and how its gradient goes back.
 
-    Named for the value it computes. The forward function's arguments are the values it reads; the backward function's
-    are that value's gradient, `d` and its name, and any values it needs. It returns the gradients of the forward
-    function's arguments, leaving out those at the end that have none (indices, constants).
+    Named for the value it computes. `@Step` makes one of the forward function, whose arguments are the values it reads;
+    `@<name>.backward` hands it the backward function, as `@property` and its setter do. The arguments of that are the
+    gradient of the value, `d` and its name, and any values it needs. It returns the gradients of the forward function's
+    arguments, leaving out those at the end that have none (indices, constants).
     """
 
     def __init__(self, forward):
@@ -336,10 +339,32 @@ def loss(dloss, logprobs, Yb):
 def dlogits_one_shot(logits, Yb):
     """Cross-entropy's backward in one go: the eight steps from dloss back to dlogits cancel to (softmax − one-hot)/N.
 
-    The loss is the mean of lse(logits) − logits[Yb]. The gradient of lse is softmax, and that of logits[Yb] is 1 at
-    the target. In words: each row pulls its target up and pushes every character down by its probability, in balance.
+    Step by step, in a row with the target y:
 
-    Args: logits (N, V); Yb (N,). Returns dlogits (N, V). Derived in full in `fused_ops.ops.cross_entropy`.
+        dlogprobs       = −1/N at y, else 0
+        dprobs          = −1/(N·probs_y) at y, else 0
+        dcounts_sum_inv = counts_y·dprobs_y = −counts_sum/N            since probs_y = counts_y/counts_sum
+        dcounts_sum     = −dcounts_sum_inv/counts_sum² = 1/(N·counts_sum)
+        dcounts         = 1/(N·counts_sum), and dprobs_y/counts_sum = −1/(N·counts_y) more at y
+        dnorm_logits    = counts·dcounts = probs/N, and −1/N more at y
+        dlogit_maxes    = −Σ dnorm_logits = −(1 − 1)/N = 0             so dlogits = dnorm_logits
+
+    Or at once: the loss is the mean of lse(logits) − logits[Yb], with lse = log Σ exp. The gradient of lse is softmax,
+    that of logits[Yb] is 1 at the target. Each row pulls its target up and pushes every character down by its
+    probability, in balance. In numbers, with the probabilities ¼ ½ ¼ and 4/10 1/10 5/10, and the targets 1 and 0:
+
+        >>> logits, Yb = torch.tensor([[1.0, 2.0, 1.0], [4.0, 1.0, 5.0]]).log(), torch.tensor([1, 0])
+        >>> dlogits_one_shot(logits, Yb)
+        tensor([[ 0.1250, -0.2500,  0.1250],
+                [-0.3000,  0.0500,  0.2500]])
+
+    Nudge the last logit by 0.01, and (rule 1) the loss moves by about 0.01 · 0.25:
+
+        >>> cross_entropy, nudge = torch.nn.functional.cross_entropy, 0.01 * torch.tensor([[0, 0, 0], [0, 0, 1]])
+        >>> round((cross_entropy(logits + nudge, Yb) - cross_entropy(logits, Yb)).item(), 4)
+        0.0025
+
+    Args: logits (N, V); Yb (N,). Returns dlogits (N, V). `fused_ops.ops.cross_entropy` derives every form of the loss.
     """
     dlogits = torch.softmax(logits, 1)  # (N, V)
     dlogits[range(len(Yb)), Yb] -= 1
@@ -349,14 +374,26 @@ def dlogits_one_shot(logits, Yb):
 def dhprebn_one_shot(dhpreact, bnraw, bngain, bnvar_inv, correction=1):
     """Batch norm's backward in one go: the steps from dhpreact back to dhprebn.
 
-    The mean and the variance depend on every row, so dhprebn is dhpreact less its parts along 1 and along bnraw:
+    Step by step, with r for bnvar_inv, so that bnraw = bndiff·r, and sums over the rows:
 
-        dhprebn = bngain·bnvar_inv/N · (N·dhpreact − Σ dhpreact − N/(N − correction)·bnraw·Σ dhpreact·bnraw)
+        dbnraw   = bngain·dhpreact
+        dbnvar   = −½·r³·Σ bndiff·dbnraw
+        dbndiff  = r·dbnraw + 2·bndiff·dbnvar/(N − correction)
+                 = r·(dbnraw − bnraw·Σ bnraw·dbnraw/(N − correction))
+        dbnmeani = −Σ dbndiff = −r·Σ dbnraw                            since Σ bnraw = 0
+        dhprebn  = dbndiff + dbnmeani/N
+
+    Put together, and with bngain/N taken out:
+
+        dhprebn = bngain·r/N·(N·dhpreact − Σ dhpreact − N/(N − correction)·bnraw·Σ dhpreact·bnraw)
+
+    The mean and the variance depend on every row, and so what would move them is taken out of dhpreact: its mean, and
+    its part along bnraw.
 
     Args: dhpreact and bnraw (N, H); bngain and bnvar_inv (1, H); correction 1 for the lecture's unbiased variance, 0
-    for PyTorch's biased one (for which `fused_ops.ops.batch_norm` has the derivation). Returns dhprebn (N, H).
+    for PyTorch's biased one, as in `fused_ops.ops.batch_norm`. Returns dhprebn (N, H).
     """
     N = len(dhpreact)
-    along_one = dhpreact.sum(0)  # (H)
+    dhpreact_sum = dhpreact.sum(0)  # (H)
     along_bnraw = N / (N - correction) * bnraw * (dhpreact * bnraw).sum(0)  # (N, H)
-    return bngain * bnvar_inv / N * (N * dhpreact - along_one - along_bnraw)  # (N, H)
+    return bngain * bnvar_inv / N * (N * dhpreact - dhpreact_sum - along_bnraw)  # (N, H)

@@ -153,7 +153,7 @@ def test_gradients(training):
     assert_proved(f["dβ"], gradient(loss, β))
     assert_proved(f["dresidual"], gradient(loss, residual))
     if training:
-        for step in f.steps("dr/dx_i = −r³·(x_i − μ)/N = −r²·x̂_i/N"):
+        for step in f.steps("∂r/∂x_i = −r³·(x_i − μ)/N = −r²·x̂_i/N"):
             assert_proved(step, gradient(f["r"], x))
 
 

@@ -1,5 +1,6 @@
 """The unfused ladder: every hand-written gradient against the lecture's, autograd's, and a nudge."""
 
+import doctest
 import subprocess
 import sys
 
@@ -104,6 +105,37 @@ def test_every_gradient_is_autograds(correction):
         assert_close(steps.dlogits_one_shot(values["logits"], values["Yb"]), grads["logits"])
     for name in ROWS:
         assert_close(grads[name], values[name].grad)
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_every_line_of_the_one_shot_gradients(correction):
+    """What their docstrings say of each step between, beside the steps' own gradients."""
+    with torch.no_grad():
+        v = steps.forward(*minibatch_of_names(torch.float64), correction=correction)
+        grads = steps.backward(v)
+        N, r, probs, bndiff, bnraw = len(v["Yb"]), v["bnvar_inv"], v["probs"], v["bndiff"], v["bnraw"]
+        at_y = tF.one_hot(v["Yb"], probs.shape[1]).double()
+        dbnraw = v["bngain"] * grads["hpreact"]
+        lines = {
+            "logprobs": -at_y / N,
+            "probs": -at_y / (N * probs),
+            "counts_sum_inv": -v["counts_sum"] / N,
+            "counts_sum": 1 / (N * v["counts_sum"]),
+            "counts": 1 / (N * v["counts_sum"]) - at_y / (N * v["counts"]),
+            "norm_logits": probs / N - at_y / N,
+            "logit_maxes": torch.zeros_like(v["logit_maxes"]),
+            "bnraw": dbnraw,
+            "bnvar": -0.5 * r**3 * (bndiff * dbnraw).sum(0),
+            "bndiff": r * (dbnraw - bnraw * (bnraw * dbnraw).sum(0) / (N - correction)),
+            "bnmeani": -r * dbnraw.sum(0),
+            "hprebn": grads["bndiff"] + grads["bnmeani"] / N,
+        }
+    for name, gradient in lines.items():
+        assert_close(gradient, grads[name], msg=name)
+
+
+def test_the_example_in_numbers():
+    assert doctest.testmod(steps) == (0, 4)
 
 
 @pytest.mark.parametrize("name", [*steps.PARAMETERS, *ROWS])

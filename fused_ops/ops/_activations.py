@@ -9,7 +9,7 @@ import torch
 
 
 class Relu:
-    """a(z) = z where z > 0, else 0: a' is 1 or 0 and a'' = 0. At 0, where there is none, a' = 0."""
+    """a(z) = z where z > 0, else 0: a' is 1 or 0 and a'' = 0. At 0, where it has no derivative, a' = 0."""
 
     @staticmethod
     def value(z):
@@ -25,7 +25,7 @@ class Relu:
 
 
 class LeakyRelu:
-    """a(z) = z where z > 0, else z/100: a' is 1 or 1/100 and a'' = 0. At 0, where there is none, a' = 1/100."""
+    """a(z) = z where z > 0, else z/100: a' is 1 or 1/100 and a'' = 0. At 0, where it has no derivative, a' = 1/100."""
 
     SLOPE = 0.01
 
@@ -92,7 +92,7 @@ class Gelu:
 
 
 class Silu:
-    """a(z) = z·σ, with σ = 1/(1 + exp(−z)).
+    """a(z) = z·σ, with the sigmoid σ = 1/(1 + exp(−z)).
 
     The chain rule on the fraction gives σ' = exp(−z)·σ² = σ·(1 − σ), since exp(−z)·σ = 1 − σ; and so
     (1 − σ)' = −σ·(1 − σ). By the product rule, twice,

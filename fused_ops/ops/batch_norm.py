@@ -88,16 +88,16 @@ def batch_norm_backward(
 
         dβ = Σ dz        dγ = Σ dz·x̂        sums over N
 
-    μ and r depend on every row, so dx is dz less its parts along 1 and along x̂:
+    μ and r depend on every row, so dx is dz less its mean and less its part along x̂ (just that if ε = 0: mean(x̂²) = 1):
 
         dx = γ·r·( dz − mean(dz) − x̂·mean(dz·x̂) )      means over N
 
     The two sums are dβ and dγ: one reduction serves all three gradients. In evaluation μ and r are constants, and
     dx = γ·r·dz alone.
 
-    The step that is not obvious: r = (σ² + ε)^-½ gives dr/dx_i = −r³·(x_i − μ)/N = −r²·x̂_i/N, the share of μ in σ²
-    dropping out because Σ (x − μ) = 0. So dx_i = r·γdz_i, less its mean (through μ), less r·x̂_i·mean(γdz·x̂)
-    (through r).
+    The step that is not obvious: r = (σ² + ε)^-½ gives ∂r/∂x_i = −r³·(x_i − μ)/N = −r²·x̂_i/N, the share of μ in σ²
+    dropping out because Σ (x − μ) = 0. Every x̂_j = (x_j − μ)·r uses r, so Σ γdz·(x − μ) = Σ γdz·x̂/r comes back to r.
+    So dx_i = r·γdz_i, less its mean (through μ), less r·x̂_i·mean(γdz·x̂) (through r: that sum times ∂r/∂x_i).
 
     Returns dx, of the shape, dtype and layout of y; dweight and dbias, (C,), in the accumulate dtype; and dresidual,
     like dx. What isn't needed comes back empty, (0,), and so does dresidual without an activation, which is dy.
@@ -122,10 +122,11 @@ def batch_norm_backward(
         dresidual = dz.to(input.dtype)  # (N, C, ...)
     if needs_input:
         scale = rstd if weight is None else weight.to(x.dtype) * rstd  # (C): γ·r
+        left = dz  # (N, C, ...)
         if training:
             N = max(x.numel() // max(x.shape[1], 1), 1)
-            dz = dz - per_channel(dz_sum / N, x) - x_hat * per_channel(dz_x_hat_sum / N, x)  # (N, C, ...)
-        dx = (per_channel(scale, x) * dz).to(input.dtype)  # (N, C, ...)
+            left = dz - per_channel(dz_sum / N, x) - x_hat * per_channel(dz_x_hat_sum / N, x)  # (N, C, ...)
+        dx = (per_channel(scale, x) * left).to(input.dtype)  # (N, C, ...)
     return dx, dweight, dbias, dresidual
 
 

@@ -5,8 +5,10 @@ v, x̂ moves not by r·v but by r·P(v), where
 
     P(v) = v − mean(v) − x̂·mean(v·x̂)
 
-is what is left of v without its parts along 1 and along x̂. And P is symmetric, Σ a·P(b) = Σ b·P(a): what moves x̂ on
+is what is left of v without its mean and its part along x̂. And P is symmetric, Σ a·P(b) = Σ b·P(a): what moves x̂ on
 with x is also what brings a gradient back. In evaluation μ and r are constants, and P(v) = v.
+
+q_t, the tangent of q, is how fast q moves where the inputs move so: x̂_t = r·P(x_t), for one. None is no motion.
 
 All is written in PyTorch's differentiable ops, which gives the derivatives of third and higher order.
 """
@@ -47,7 +49,7 @@ class Point:
         return a - mean_of_channels(a) - self.x_hat * mean_of_channels(a * self.x_hat)
 
     def along(self, x_t, weight_t, bias_t, residual_t):
-        """How fast z moves with x, γ, β and the residual: γ·r·P(x_t) + γ_t·x̂ + β_t + residual_t. None is no motion."""
+        """How fast z moves with x, γ, β and the residual: γ·r·P(x_t) + γ_t·x̂ + β_t + residual_t."""
         z_t = torch.zeros_like(self.x_hat)
         if x_t is not None:
             z_t = z_t + self.gain * self.r * self.projected(x_t.to(z_t.dtype))
@@ -117,7 +119,7 @@ def gradients_pulled_back(point, dy, v, u, w, s):
 
         e = ∂ψ/∂x̂ = u·dz − γ·r·(v·mean(dz·x̂) + dz·mean(v·x̂))        ∂ψ/∂r = γ·Σ v·P(dz)
 
-    x̂ passes e back as r·P(e), the backward pass once more; and dr/dx = −r²·x̂/N. So
+    x̂ passes e back as r·P(e), the backward pass once more; and ∂r/∂x = −r²·x̂/N. So
 
         r·P(e) − γ·r²·x̂·mean(v·P(dz))    comes back to x,     r·Σ v·P(dz)    to γ
 

@@ -10,7 +10,7 @@ The logits may first be capped smoothly, s = cap·tanh(x/cap), or s = x. Every f
 
     loss_n = Σ_c t_nc·(lse_n − s_nc) + ζ·lse_n²          lse_n = log Σ_c exp(s_nc)
 
-and only the weights t differ:
+and only the weights t differ ([c = y_n] is 1 where c is the target, else 0; w_y is the target's weight):
 
     class indices            t_nc = (1−ε)·w_y·[c = y_n] + (ε/C)·w_c
     class probabilities      t_nc = w_c·((1−ε)·y_nc + ε/C)
@@ -19,18 +19,20 @@ Softmax is the gradient of lse: ∂lse/∂s_c = exp(s_c − lse) = p_c. And tanh
 
     dx_nc = g_n·(A_n·p_nc − t_nc)·k_nc          A_n = Σ_c t_nc + 2ζ·lse_n,  k_nc = 1 − (s_nc/cap)²  (1 without a cap)
 
-with g_n = ∂L/∂loss_n. With plain class indices t is one-hot, A = k = 1, and this is the `p − 1 at the target` of a
-first course: the seven steps between the logits and the loss (max, subtract, exp, sum, reciprocal, multiply, log) all
-cancel into it. The loss is linear in class probabilities, so their gradient is dy_nc = g_n·(1−ε)·w_c·(lse_n − s_nc).
+with g_n = ∂L/∂loss_n, where L is the number that is differentiated in the end, and dx = ∂L/∂x. With plain class indices
+t is one-hot, A = k = 1, and this is the `p − 1 at the target` of a first course: the seven steps between the logits and
+the loss (max, subtract, exp, sum, reciprocal, multiply, log) all cancel into it (`fused_ops.steps` shows how). The loss
+is linear in class probabilities, so their gradient is dy_nc = g_n·(1−ε)·w_c·(lse_n − s_nc).
 
 lse is kept in two parts, the row's maximum m and log_z = log Σ exp(s − m), because their sum would round: beside
-logits of 1e4 a float32 has no digits left for a log_z of 0.7. Always lse − s = log_z − (s − m).
+logits of 1e4 a float32 keeps three digits of a log_z of 0.7, beside 1e8 none. Always lse − s = log_z − (s − m).
 
 Logits of D positions an example, (N, C, D), are N·D such rows, taken as they lie: the classes of a row D apart.
 
 If the loss is one number, its gradient is that for dloss = 1 times dloss. So the forward pass makes it while a row is
-in cache, and the backward pass multiplies (`cross_entropy_loss.py`). Otherwise (reduction "none", float16, which might
-need dloss to hold it, a second backward pass, second derivatives) the backward pass starts from the logits.
+in cache, and the backward pass multiplies (`cross_entropy_loss.py`). Otherwise (reduction "none"; float16, in which it
+may vanish unless dloss, a loss scale, multiplies it first; a second backward pass; second derivatives) the backward
+pass starts from the logits.
 
 Reductions: "none" returns loss_n; "sum" adds them; "mean" divides the sum by Σ w_y over the rows kept (class indices)
 or by N (class probabilities), as `torch.nn.functional.cross_entropy` does. Rows whose y is `ignore_index` have loss 0.
@@ -116,13 +118,13 @@ def cross_entropy_backward(
 ) -> Tuple[Tensor, Tensor]:
     """dx_nc = g_n·(A_n·p_nc − t_nc)·k_nc, with A_n = Σ_c t_nc + 2ζ·lse_n; and dy_nc = g_n·(1−ε)·w_c·(lse_n − s_nc).
 
-    g_n is dloss_n ("none"), dloss ("sum") or dloss / divisor ("mean"), and 0 in the rows that are ignored: so a batch
-    of ignored rows has the loss 0/0 = NaN and the gradient 0. Returns dlogits and dtarget, contiguous, of the shapes
+    g_n is dloss_n ("none"), dloss ("sum") or dloss / divisor ("mean"), and 0 in the rows that are ignored: so a mean
+    over ignored rows alone is 0/0 = NaN, with the gradient 0. Returns dlogits and dtarget, contiguous, of the shapes
     and dtypes of logits and target; (0,) for one that isn't needed.
     """
     x, y = as_rows(logits).to(stats.dtype), target_rows(target)  # (N, C); (N) or (N, C)
     m, log_z = stats.unsqueeze(2)  # (N, 1) each
-    s, k = softcapped(x, softcap)  # (N, C) each
+    s, k = softcapped(x, softcap)  # (N, C); (N, C) or 1
     neg_logp = log_z - (s - m)  # (N, C)
     g = row_gradient(dloss.to(x.dtype), reduction, divisor, x.shape[0])  # (N, 1)
     dlogits, dtarget = logits.new_empty(0), logits.new_empty(0)

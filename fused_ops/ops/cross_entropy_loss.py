@@ -177,7 +177,7 @@ def cross_entropy(
         softcap: cap > 0; replaces the logits x by cap·tanh(x/cap).
         inplace_grad: let the gradient take the storage of the logits in the backward pass, which saves its memory (a
             copy of the logits does, where they are not contiguous rows of classes). There are no second derivatives
-            then, and the logits are gone. torch.compile, which plans memory itself, passes over it. Otherwise, where
+            then, and the logits are gone. torch.compile, which plans memory itself, ignores it. Otherwise, where
             the logits require a gradient and the reduction is not "none", the loss holds it, too, as large as the
             logits, until its backward pass hands it on; under `torch.no_grad` it is not made.
 

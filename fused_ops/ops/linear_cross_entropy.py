@@ -1,4 +1,4 @@
-"""A linear layer and the cross-entropy of its outputs in one op, without ever holding all the logits.
+"""A linear layer and the cross-entropy of its outputs in one op, which never holds all the logits.
 
     N  examples         x  input, (N, H)                     z  logits, (N, D·C): D rows of C classes an example
     H  in_features      W  linear_weight, (D·C, H)           y, w, ε, ζ, cap  as in `fused_ops.ops.cross_entropy`
@@ -17,6 +17,8 @@ computed, turned into their gradient where they lie, multiplied into dx, added i
 And in time: if the loss is reduced to one number, its gradients are those for dloss = 1 times dloss. They can be worked
 out in the forward pass, while the chunk's logits are there, and the backward pass only multiplies. Otherwise (reduction
 "none", float16, a second backward pass, second derivatives) it computes the logits once more.
+
+The first two functions below define the op, and hold all the logits; what runs is `linear_cross_entropy_chunks.py`.
 """
 
 from typing import List, Optional, Tuple

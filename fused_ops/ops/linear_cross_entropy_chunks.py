@@ -45,7 +45,7 @@ def cross_entropy_slice_backward_(
     """
     slice_ = torch.arange(first, first + logits.shape[1], device=logits.device)  # (n)
     m, log_z = stats.unsqueeze(2)  # (N, 1) each
-    s, k = softcapped(logits.to(stats.dtype), softcap)  # (N, n) each
+    s, k = softcapped(logits.to(stats.dtype), softcap)  # (N, n); (N, n) or 1
     p = ((s - m) - log_z).exp()  # (N, n)
     w = A.new_ones(classes) if weight is None else weight.to(A.dtype)  # (C)
     y, kept, w_y = class_targets(target, w, ignore_index)  # (N) each

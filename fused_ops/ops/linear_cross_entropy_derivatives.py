@@ -29,7 +29,7 @@ def accumulated(tensors):
 
 
 def default_chunk_size(input):
-    """How many rows have their logits in memory at a time: so few that these are small beside the weight, (D·C, H)."""
+    """How many rows have their logits in memory at a time: H/2, whose logits are half as many as weights, or 128."""
     return max(128, input.shape[1] // 2)
 
 

@@ -2,7 +2,7 @@
 
     N  examples                     X  their contexts, (N, T) indices of characters   T  characters a context
     V  characters                   Y  the characters that follow, (N,)               E  embedding size
-    H  hidden units                 μ, r  mean and (σ² + ε)^-½ of each unit, (H,)     F  T·E: what W1 sees
+    H  hidden units                 μ, r  mean and (variance + eps)^-½ of each unit   F  T·E: what W1 sees
 
     embcat  = the rows of C that X names, side by side                 C  (V, E)
     hprebn  = embcat·W1ᵀ + b1                                          W1 (H, F), b1 (H,)
@@ -14,8 +14,8 @@ Every gradient below is one that the ladder has taken before: those of the produ
 `fused_ops.steps`, those of the loss and of batch norm come in one go, from `cross_entropy` and `batch_norm`. The
 weights lie as in `torch.nn.Linear`, transposed beside the lecture's.
 
-The loss is one number, so its gradients for dloss = 1 are all that a backward pass has to multiply: the op makes them
-along with it, while what they need is in cache, and remembers nothing else.
+The loss is one number, so a backward pass only multiplies its gradients for dloss = 1. The op makes them along with the
+loss, while what they need is in cache, and keeps nothing else.
 """
 
 import functools
@@ -101,10 +101,10 @@ def mlp_loss_and_gradients(
     dhpreact = dh * (1 - h.square())  # (N, H)
     dbngain = (dhpreact * bnraw).sum(0)  # (H)
     dbnbias = dhpreact.sum(0)  # (H)
-    dbnraw = dhpreact  # (N, H), but for bngain·r
+    left = dhpreact  # (N, H): in training less its mean and its part along bnraw
     if training:
-        dbnraw = dhpreact - dbnbias / N - bnraw * (dbngain / N)  # (N, H)
-    dhprebn = bngain * r * dbnraw  # (N, H)
+        left = dhpreact - dbnbias / N - bnraw * (dbngain / N)  # (N, H)
+    dhprebn = bngain * r * left  # (N, H)
     dW1 = dhprebn.t() @ embcat  # (H, F)
     db1 = dhprebn.sum(0)  # (H)
     demb = (dhprebn @ W1).view(-1, C.shape[1])  # (N·T, E)
@@ -174,7 +174,7 @@ _sgd_steps_op = _define(
 
 
 class MLP(torch.autograd.Function):
-    """Differentiable by the parameters. Its second output are their gradients for dloss = 1, if they were asked for."""
+    """Differentiable by the parameters. Its second output holds their gradients for dloss = 1, if asked for."""
 
     forward = below_autograd(_op)
 
