@@ -6,6 +6,7 @@ function is then the definition a student reads, the fallback where no kernel is
 it on their own device, so no Python code ever asks which device it is on.
 """
 
+import functools
 import importlib.machinery
 import os
 import warnings
@@ -14,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import is_grad_enabled
 from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C._functorch import TransformType
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.overrides import has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LIB = torch.library.Library("fused_ops", "DEF")
@@ -78,6 +81,19 @@ def below_autograd(op):
     return staticmethod(forward)
 
 
+def overridable(function):
+    """A public function whose tensors' `__torch_function__`, if one has it, is asked first, as for PyTorch's own."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        tensors = (*args, *kwargs.values())
+        if has_torch_function(tensors):
+            return handle_torch_function(call, tensors, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 def save(ctx, *tensors):
     """Keep what `backward` and, where forward mode is on, `jvp` find in `ctx.saved_tensors`."""
     ctx.save_for_backward(*tensors)
@@ -98,7 +114,7 @@ def differentiable(op, function, results=None):
     the second derivative would silently lack a part.
     """
     function.generate_vmap_rule = function.vmap is torch.autograd.Function.vmap
-    LIB.impl(op.name().removeprefix("fused_ops::"), applied(function), "Autograd")
+    LIB.impl(op.name().removeprefix("fused_ops::"), applied(function, within_transform=True), "Autograd")
     apply = applied(function, results)
 
     def call(*args):
@@ -115,11 +131,13 @@ def differentiable(op, function, results=None):
     return call
 
 
-def applied(function, results=None):
+def applied(function, results=None, within_transform=False):
     """A callable that is `function.apply`, but returns the first `results` of the outputs, a tuple.
 
     Outside of `torch.func`'s transforms it has the function in PyTorch's other style, where `forward` has a ctx of its
-    own: what only `backward` takes is no output there, which autograd would wrap.
+    own: what only `backward` takes is no output there, which autograd would wrap. So it has `within_transform`, as an
+    op's autograd kernel, which PyTorch calls with the tensors of one transform. Others that differentiate, around that
+    one, would not see what the op returns: they are refused.
     """
 
     def forward(ctx, *args):
@@ -140,13 +158,21 @@ def applied(function, results=None):
     def apply(*args):
         if not transforms_active():
             return apply_outside(*args)
-        stack = torch._C._functorch.get_interpreter_stack()
-        if [i.key() for i in stack].count(torch._C._functorch.TransformType.Jvp) > 1:
+        transforms = [i.key() for i in torch._C._functorch.get_interpreter_stack()]
+        if transforms.count(TransformType.Jvp) > 1:
             raise RuntimeError(
                 f"{function.__name__}: forward mode within forward mode is not supported; "
                 "use reverse mode for one of the two, as torch.func.hessian does"
             )
-        return function.apply(*args)[:results]
+        if not within_transform:
+            return function.apply(*args)[:results]
+        if transforms.count(TransformType.Jvp) + transforms.count(TransformType.Grad) > 1:
+            raise RuntimeError(
+                f"{function.__name__}: an op called by itself, as in an exported program, can be differentiated by one "
+                "transform of torch.func at a time; call it through fused_ops.functional"
+            )
+        with enable_single_level_autograd_function():
+            return apply_outside(*args)
 
     return apply
 

@@ -19,8 +19,20 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     activation = None  # of a layer that `convert` has made ours
 
-    def __init__(self, *args, activation=None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        device=None,
+        dtype=None,
+        *,
+        activation=None,
+        **kwargs,  # such as `bias`, which torch has from 2.13 on
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         check_activation(activation)
         self.activation = activation
 
@@ -28,12 +40,17 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
 
     def forward(self, input, residual=None):
-        self._check_input_dim(input)
+        traced = isinstance(input, torch.fx.Proxy)  # which has no shape, and would not record that a batch is counted
+        if not traced:
+            self._check_input_dim(input)
         tracks = self.track_running_stats or not self.training
         mean, var = (self.running_mean, self.running_var) if tracks else (None, None)
         momentum, averages, batches = self.momentum or 0.0, False, self.num_batches_tracked
         if self.training and self.track_running_stats and batches is not None:
-            batches.add_(1)
+            if traced and self.momentum is None:
+                raise NotImplementedError("torch.fx cannot trace batch norm with momentum=None in training")
+            if not traced:
+                batches.add_(1)
             # without a momentum the running statistics are the plain mean over all batches so far
             averages = self.momentum is None and mean is not None
         if averages:
@@ -162,6 +179,8 @@ class MLP(torch.nn.Module):
     An embedding of `block_size` characters, a linear layer to `hidden_features`, batch norm, tanh and a linear layer to
     `num_embeddings` classes. Its parameters, for any optimiser, are those of the modules `embedding`, `linear`, `norm`
     and `output`. These run where the logits are asked for; the loss takes their tensors alone, so no hook sees it.
+    With another layer in the place of `norm`, or with other options than those it was made with, the loss is that of
+    the logits, and there is no `sgd_steps`.
     """
 
     def __init__(
@@ -186,16 +205,28 @@ class MLP(torch.nn.Module):
         """The logits of contexts (N, block_size), (N, num_embeddings); or with targets, (N,), their mean loss, ()."""
         if target is None:
             return self.output(self.norm(self.linear(self.embedding(input).flatten(1))))
-        if self.training:
+        if not self._is_one_op():
+            return F.cross_entropy(self(input), target)
+        if self.norm.training:
             self.norm.num_batches_tracked.add_(1)
-        return F.mlp(input, target, *self._tensors(), self.training, self.norm.momentum, self.norm.eps)
+        return F.mlp(input, target, *self._tensors(), self.norm.training, self.norm.momentum, self.norm.eps)
 
     def sgd_steps(self, input, target, *, lr, steps, batch_size, generator=None):
-        """Train by plain gradient descent, all steps in one call: see `fused_ops.functional.mlp_sgd_steps`."""
+        """Train by plain gradient descent, all steps in one call: see `fused_ops.functional.mlp_sgd_steps`.
+
+        Each step normalises by its minibatch, whether the module is in training or in evaluation.
+        """
+        if not self._is_one_op():
+            raise RuntimeError(f"MLP.sgd_steps is made for BatchNorm1d with tanh as MLP makes it, but got {self.norm}")
         self.norm.num_batches_tracked.add_(steps)
         norm = {"momentum": self.norm.momentum, "eps": self.norm.eps}
         draw = {"steps": steps, "batch_size": batch_size, "generator": generator}
         return F.mlp_sgd_steps(input, target, *self._tensors(), lr=lr, **draw, **norm)
+
+    def _is_one_op(self):
+        norm, expected = self.norm, ("tanh", True, True)
+        plain = type(norm) is BatchNorm1d and (norm.activation, norm.affine, norm.track_running_stats) == expected
+        return plain and norm.momentum is not None and norm.bias is not None and norm.running_mean is not None
 
     def _tensors(self):
         linear, norm, output = self.linear, self.norm, self.output

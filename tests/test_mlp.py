@@ -183,6 +183,33 @@ def test_sgd_steps_tell_autograd_what_they_move(device):
     assert all(t._version > version for t, version in zip(tensors, before, strict=True))
 
 
+@pytest.mark.parametrize("change", ["eval", "activation", "layer", "momentum", "affine", "statistics"])
+def test_a_norm_that_has_been_changed(change):
+    """The loss is that of the logits; and where it cannot be one op, there are no `sgd_steps`."""
+    net, (X, Y) = nn.MLP(V, E, T, 8), examples(20)
+    if change == "eval":
+        net.norm.eval()
+    elif change == "activation":
+        net.norm.activation = "relu"
+    elif change == "layer":
+        net.norm = torch.nn.BatchNorm1d(8)
+    elif change == "momentum":
+        net.norm.momentum = None
+    elif change == "affine":
+        net.norm = nn.BatchNorm1d(8, affine=False, activation="tanh")
+    else:
+        net.norm = nn.BatchNorm1d(8, track_running_stats=False, activation="tanh")
+    other = copy.deepcopy(net)
+    loss, expected = net(X, Y), torch.nn.functional.cross_entropy(other(X), Y)
+    torch.testing.assert_close(loss, expected)
+    loss.backward(), expected.backward()
+    torch.testing.assert_close([p.grad for p in net.parameters()], [p.grad for p in other.parameters()])
+    torch.testing.assert_close(dict(net.named_buffers()), dict(other.named_buffers()))
+    if change != "eval":
+        with pytest.raises(RuntimeError, match="sgd_steps is made for"):
+            net.sgd_steps(X, Y, lr=0.1, steps=1, batch_size=5)
+
+
 def test_sgd_steps_let_other_threads_run():
     """Another thread of Python goes on counting while a call is under way: the call does not hold Python's lock."""
     net, (X, Y) = nn.MLP(V, E, T, 400), examples(50)

@@ -1,5 +1,7 @@
 """The losses under PyTorch's modes, compilers and transforms: the same numbers and dtypes, and no silent detaching."""
 
+import itertools
+
 import pytest
 import torch
 from torch._functorch import config as functorch_config
@@ -16,6 +18,7 @@ LINEAR_WEIGHT = torch.randn(C, H, generator=GENERATOR, requires_grad=True)
 LINEAR_BIAS = torch.randn(C, generator=GENERATOR, requires_grad=True)
 CLASSES = torch.randint(C, (N,), generator=GENERATOR)
 PROBABILITIES = torch.rand(N, C, generator=GENERATOR, requires_grad=True)
+W = torch.rand(C, generator=GENERATOR) + 0.5
 PARAMETERS = INPUT, LINEAR_WEIGHT, LINEAR_BIAS
 
 
@@ -57,24 +60,30 @@ def assert_like_torch(loss, target, **options):
 
 
 class Recording(torch.Tensor):
-    """Keeps the names of what is called with it."""
+    """Keeps what is called with it."""
 
     called = []
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        cls.called.append(str(func))
+        cls.called.append(func)
         return super().__torch_function__(func, types, args, kwargs)
 
 
 @every_loss
 def test_a_subclass_is_asked_and_returned(loss):
-    """Its `__torch_function__` sees our ops, as it sees PyTorch's."""
+    """Its `__torch_function__` sees our functions, as it sees PyTorch's."""
     Recording.called.clear()
     out = loss(INPUT.as_subclass(Recording), LINEAR_WEIGHT, CLASSES, LINEAR_BIAS)
     assert type(out) is Recording
-    op = "cross_entropy_with_gradient" if loss is cross_entropy else "linear_cross_entropy_forward"
-    assert f"fused_ops.{op}.default" in Recording.called
+    assert getattr(F, loss.__name__) in Recording.called
+
+
+def test_a_subclass_sees_ops_that_are_called_by_themselves():
+    Recording.called.clear()
+    logits = INPUT.as_subclass(Recording)
+    torch.ops.fused_ops.cross_entropy_forward(logits, CLASSES % H, None, -100, "mean", 0.0, 0.0, None)
+    assert Recording.called == [torch.ops.fused_ops.cross_entropy_forward]
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -303,6 +312,15 @@ def test_inplace_grad_of_strided_logits_leaves_them_alone():
     assert torch.equal(logits, before)
 
 
+def test_inplace_grad_leaves_logits_that_need_none():
+    logits, target = INPUT.detach().clone(), PROBABILITIES[:, :H].detach().requires_grad_()
+    F.cross_entropy(logits, target, inplace_grad=True).backward()
+    assert torch.equal(logits, INPUT)
+    expected = target.detach().requires_grad_()
+    torch.nn.functional.cross_entropy(INPUT.detach(), expected).backward()
+    assert_close(target.grad, expected.grad)
+
+
 @pytest.mark.parametrize(
     ("transform", "message"),
     [
@@ -316,6 +334,32 @@ def test_inplace_grad_of_strided_logits_leaves_them_alone():
 def test_inplace_grad_refuses_what_it_cannot_do(transform, message):
     with pytest.raises(RuntimeError, match=message):
         transform(lambda x: F.cross_entropy(x, CLASSES % H, inplace_grad=True))
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product([torch.float32, torch.float64], repeat=3)), ids=str)
+def test_probabilities_and_their_weights_are_promoted(dtypes):
+    tensors = zip((PROBABILITIES.sin(), PROBABILITIES, W), dtypes, strict=True)
+    logits, target, weight = (t.detach().to(dtype) for t, dtype in tensors)
+    assert_close(*(f(logits, target, weight) for f in (F.cross_entropy, torch.nn.functional.cross_entropy)))
+    linear = F.linear_cross_entropy(logits, torch.eye(C).to(logits), target, weight=weight)
+    assert_close(linear, F.cross_entropy(logits, target, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_casts_class_weights(dtype):
+    with torch.autocast("cpu", torch.bfloat16):
+        arguments = PROBABILITIES.sin(), CLASSES, W.to(dtype)
+        assert_close(*(f(*arguments) for f in (F.cross_entropy, torch.nn.functional.cross_entropy)))
+        with pytest.raises(RuntimeError, match="expected scalar type"):
+            F.cross_entropy(PROBABILITIES, CLASSES, W.double())
+        with pytest.raises(RuntimeError, match="the same dtype"):
+            F.linear_cross_entropy(INPUT.double(), LINEAR_WEIGHT, CLASSES)
+
+
+def test_linear_cross_entropy_without_features():
+    """Only the bias is left."""
+    loss = F.linear_cross_entropy(torch.zeros(N, 0), torch.zeros(C, 0), CLASSES, linear_bias=LINEAR_BIAS)
+    assert_close(loss, torch.nn.functional.cross_entropy(LINEAR_BIAS.expand(N, C), CLASSES))
 
 
 def test_no_input_is_changed():

@@ -181,6 +181,11 @@ def test_modules_can_be_copied_and_saved(module):
         assert_close(dict(other.state_dict()), dict(module.state_dict()))
 
 
+def test_skip_init():
+    layer = torch.nn.utils.skip_init(fused_ops.nn.BatchNorm2d, 3, affine=False, activation="gelu", device="meta")
+    assert (layer.num_features, layer.affine, layer.activation) == (3, False, "gelu")
+
+
 def test_a_model_of_our_layers_trains_like_one_of_torchs():
     def losses(layers):
         torch.manual_seed(0)

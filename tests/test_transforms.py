@@ -136,6 +136,49 @@ def test_forward_mode_within_forward_mode_is_refused_not_wrong(loss):
         derivative(derivative(loss, X.cos()), X.sin())(X)
 
 
+@pytest.mark.parametrize("target", [TARGET, LOGITS.softmax(1)], ids=["classes", "probabilities"])
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.linear_cross_entropy], ids=lambda f: f.__name__)
+def test_forward_mode_by_class_weights_is_refused_not_zero(loss, target):
+    """As reverse mode is, for a weight that requires a gradient."""
+    arguments = (LOGITS, target) if loss is F.cross_entropy else (LOGITS, X, target)
+    by_weight = lambda weight: loss(*arguments, weight=weight)  # noqa: E731
+    gradient = lambda weight: torch.func.grad(lambda x: loss(x, *arguments[1:], weight=weight))(LOGITS)  # noqa: E731
+    for f in (by_weight, gradient):
+        with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'weight'"):
+            torch.func.jvp(f, (X[2],), (X[1],))
+
+
+def second_derivatives(cross_entropy):
+    """Of a batch that is ignored as a whole, whose mean loss is 0/0: by forward over reverse mode, and by reverse."""
+    x = LOGITS.clone().requires_grad_()
+    loss = lambda x: cross_entropy(x, torch.full((2,), -100), label_smoothing=0.25)  # noqa: E731
+    (dx,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    return torch.func.jvp(torch.func.grad(loss), (LOGITS,), (LOGITS.cos(),))[1], *torch.autograd.grad(dx.sum(), x)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_second_derivatives_of_a_batch_that_is_ignored_are_zero(linear):
+    ours = (lambda x, *args, **options: F.linear_cross_entropy(x, X, *args, **options)) if linear else F.cross_entropy
+    assert_close = torch.testing.assert_close
+    assert_close(second_derivatives(ours), (torch.zeros(2, 3),) * 2)
+    if not linear:
+        assert_close(second_derivatives(ours), second_derivatives(torch.nn.functional.cross_entropy))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_vmap_of_logits_with_positions(probabilities, reduction):
+    x = torch.linspace(-2, 2, 5 * 2 * 3 * 4).sin().view(5, 2, 3, 4)
+    y = x.cos().softmax(2) if probabilities else (x[:, :, 0] > 0).long()
+
+    def derivatives(F):
+        loss = lambda x, y: F.cross_entropy(x, y, reduction=reduction).sum()  # noqa: E731
+        return torch.func.vmap(loss)(x, y), torch.func.vmap(torch.func.grad(loss))(x, y)
+
+    torch.testing.assert_close(derivatives(F), derivatives(torch.nn.functional))
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_compiles_without_graph_breaks(loss, dynamic):

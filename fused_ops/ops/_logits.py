@@ -4,6 +4,8 @@ import math
 
 import torch
 from torch import is_grad_enabled
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.compiler import is_compiling
 
 from fused_ops._op import accumulate_dtype, is_autocast_enabled, transforms_active
 
@@ -44,14 +46,23 @@ def target_rows(target):
 
 def in_forward_pass(reduction, dtype):
     """Whether the gradients can be made in the forward pass: there will be one number to multiply them by, nothing that
-    would differentiate or batch the pass itself, and no dtype in which they might vanish before a loss scale comes."""
-    return reduction != "none" and dtype != torch.float16 and is_grad_enabled() and not transforms_active()
+    would differentiate, batch or trace the pass itself, and no dtype in which they might vanish before a loss scale
+    comes."""
+    one_number = reduction != "none" and dtype != torch.float16
+    return one_number and is_grad_enabled() and not transforms_active() and not _in_make_fx()
 
 
 def is_final_backward(dloss):
     """Whether a backward pass with dloss may take, and write to, the gradients that the forward pass made: nothing
-    differentiates or batches it, nor does a compiler trace it, for any number of passes."""
-    return type(dloss) is torch.Tensor and not is_grad_enabled() and not transforms_active()
+    differentiates or batches it (`is_grads_batched` does so in a way of its own), nor traces it, for any number of
+    passes."""
+    if is_compiling() or type(dloss) is not torch.Tensor or is_grad_enabled() or transforms_active():
+        return False
+    return not is_legacy_batchedtensor(dloss) and not _in_make_fx()
+
+
+def _in_make_fx():
+    return not is_compiling() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def is_one(dloss):
@@ -60,6 +71,12 @@ def is_one(dloss):
     On the CPU to look takes less time than an op that would change nothing; elsewhere it would mean to wait.
     """
     return dloss.is_cpu and dloss.item() == 1
+
+
+def refuse_weight_tangent(weight_t):
+    """The losses are not differentiable by the class weights, and forward mode does not ask for `requires_grad`."""
+    if weight_t is not None:
+        raise RuntimeError("cross_entropy is not differentiable with respect to argument 'weight' in forward mode")
 
 
 def without_classes(shape):
@@ -73,6 +90,19 @@ def without_classes(shape):
 def in_dtype(loss, dtype):
     """The loss in this dtype, or, under autocast, in that in which it was computed."""
     return loss if loss.dtype == dtype or is_autocast_enabled(loss.device) else loss.to(dtype)
+
+
+def promoted(dtype, target, weight):
+    """The dtype of the loss, and the class weights in it or, under autocast, in that in which it is computed.
+
+    As in PyTorch, class probabilities and their weights are promoted beside logits of `dtype`, and autocast casts.
+    """
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+    if weight is not None and weight.dtype != dtype:
+        weight = weight.to(accumulate_dtype(dtype))
+    return dtype, weight
 
 
 def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap):
@@ -106,8 +136,8 @@ def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoo
                 f"weight tensor should be defined either for all {classes} classes or no classes "
                 f"but got weight tensor of shape: {list(weight.shape)}"
             )
-        autocast = is_autocast_enabled(target.device)
-        if weight.dtype != dtype and not (autocast and weight.dtype == accumulate_dtype(dtype)):
+        cast = target_shape == shape or (is_autocast_enabled(target.device) and weight.dtype != torch.float64)
+        if weight.dtype != dtype and not cast:
             raise RuntimeError(f"expected scalar type {dtype} but found {weight.dtype}")
         if weight.requires_grad and is_grad_enabled():
             raise RuntimeError(

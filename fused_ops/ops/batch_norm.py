@@ -19,7 +19,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, is_grad_enabled
 
-from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, save
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, overridable, save
 from fused_ops.ops._activations import ACTIVATIONS, check_activation
 from fused_ops.ops._channels import all_but_channels, dense, folded, in_layout_of, per_channel, unfolded
 from fused_ops.ops.batch_norm_derivatives import (
@@ -226,6 +226,7 @@ _batch_norm = differentiable(_forward, BatchNorm, results=1)
 _batch_norm_backward = differentiable(_backward, BatchNormBackward)
 
 
+@overridable
 def batch_norm(
     input,
     running_mean,

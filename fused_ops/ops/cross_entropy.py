@@ -53,7 +53,7 @@ from fused_ops._op import (
     looped,
     save,
 )
-from fused_ops.ops._logits import as_rows, like_logits, target_rows
+from fused_ops.ops._logits import as_rows, like_logits, refuse_weight_tangent, target_rows
 from fused_ops.ops.cross_entropy_derivatives import (
     RowDerivatives,
     class_targets,
@@ -190,7 +190,8 @@ class CrossEntropy(torch.autograd.Function):
         return dlogits if needs[0] else None, dtarget if needs[1] else None, *(None,) * 6
 
     @staticmethod
-    def jvp(ctx, logits_t, target_t, *_):
+    def jvp(ctx, logits_t, target_t, weight_t, *_):
+        refuse_weight_tangent(weight_t)
         logits, target, weight, _, divisor = ctx.saved_tensors
         ignore_index, reduction, *smooth = ctx.options
         along = RowDerivatives(logits, target, weight, ignore_index, *smooth).loss_along(logits_t, target_t)  # (N)
@@ -208,7 +209,7 @@ class CrossEntropy(torch.autograd.Function):
         losses, stats, _ = CrossEntropy.apply(*rows, weight, ignore_index, "none", *smooth)
         losses = losses.view(B, -1)  # (B, N)
         N = losses.shape[1]
-        divisors = mean_weights(rows[1], weight, ignore_index, losses.dtype).view(B, N).sum(1)  # (B)
+        divisors = mean_weights(target_rows(rows[1]), weight, ignore_index, losses.dtype).view(B, N).sum(1)  # (B)
         if reduction != "none":
             losses = losses.sum(1) / (divisors if reduction == "mean" else 1)  # (B)
         return (losses, stats.view(2, B, N), divisors), (0, 1, 0)
@@ -240,7 +241,8 @@ class CrossEntropyBackward(torch.autograd.Function):
         return to_dloss, to_logits, to_target if ctx.needs_input_grad[2] else None, *[None] * 10
 
     @staticmethod
-    def jvp(ctx, dloss_t, logits_t, target_t, *_):
+    def jvp(ctx, dloss_t, logits_t, target_t, weight_t, *_):
+        refuse_weight_tangent(weight_t)
         dloss, logits, target, weight, stats, divisor = ctx.saved_tensors
         ignore_index, reduction, *smooth = ctx.options
         row = RowDerivatives(logits, target, weight, ignore_index, *smooth)

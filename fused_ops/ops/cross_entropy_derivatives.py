@@ -25,7 +25,10 @@ from fused_ops.ops._logits import as_rows, like_logits, target_rows
 
 
 class RowDerivatives:
-    """The pieces of every derivative, for rows of logits: the symbols above, (N, C) or (N, 1)."""
+    """The pieces of every derivative, for rows of logits: the symbols above, (N, C) or (N, 1).
+
+    In the rows that are ignored all are 0, and so is g, whatever is handed in: dloss over a divisor of 0 is inf.
+    """
 
     def __init__(self, logits, target, weight, ignore_index, label_smoothing, z_loss, softcap):
         x = as_rows(logits).to(accumulate_dtype(logits.dtype))  # (N, C)
@@ -50,10 +53,11 @@ class RowDerivatives:
 
     def gradient(self, g):
         """dx, like the logits, for the gradient g, (N, 1), of each row's loss."""
-        return self._like_logits(g * self.q * self.k)
+        return self._like_logits(g.where(self.kept, 0) * self.q * self.k)
 
     def gradients_along(self, v, u, g):
         """How fast dx and dy change, like the logits; g, (N, 1), does not."""
+        g = g.where(self.kept, 0)  # (N, 1)
         v_s = torch.zeros_like(self.q) if v is None else self._of_s(v)  # (N, C)
         lse_t = (self.p * v_s).sum(1, keepdim=True)  # (N, 1): λ
         q_t = self.A * self.p * (v_s - lse_t)  # (N, C)

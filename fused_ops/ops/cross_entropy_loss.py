@@ -19,6 +19,7 @@ from fused_ops._op import (
     define,
     directly,
     is_autocast_enabled,
+    overridable,
 )
 from fused_ops.ops._logits import (
     as_batch,
@@ -29,6 +30,7 @@ from fused_ops.ops._logits import (
     is_final_backward,
     is_one,
     like_logits,
+    promoted,
     without_classes,
 )
 from fused_ops.ops.cross_entropy import (
@@ -36,6 +38,7 @@ from fused_ops.ops.cross_entropy import (
     backward_op_,
     cross_entropy_backward,
     cross_entropy_forward,
+    forward_op,
     gradients_of_rows,
     loss_of_rows,
 )
@@ -104,7 +107,7 @@ class CrossEntropyWithGradient(torch.autograd.Function):
             if not is_one(dloss):
                 _scale_(dlogits, dloss, target, ctx.options[0])
         else:
-            _, *saved = CrossEntropy.forward(logits, target, weight, *ctx.options)
+            _, *saved = forward_op(logits, target, weight, *ctx.options)
             dlogits, _ = gradients_of_rows(dloss, logits, target, weight, *saved, *ctx.options, True, False)
         return dlogits, None, None, None, None
 
@@ -119,6 +122,8 @@ class InplaceCrossEntropy(CrossEntropy):
 
     @staticmethod
     def backward(ctx, dloss, *_):
+        if not ctx.needs_input_grad[0]:  # there is no gradient to take the place of the logits
+            return CrossEntropy.backward(ctx, dloss)
         if is_grad_enabled():
             raise RuntimeError("cross_entropy(inplace_grad=True) has no second derivative: use inplace_grad=False")
         if ctx.spent:
@@ -147,6 +152,7 @@ _cross_entropy_with_gradient = applied_outside_transforms(CrossEntropyWithGradie
 _inplace = applied(InplaceCrossEntropy, results=1)
 
 
+@overridable
 def cross_entropy(
     input,
     target,
@@ -168,7 +174,8 @@ def cross_entropy(
             summed in float32).
         target: class indices, int64 or uint8, of the shape of `input` without C, each in [0, C) or `ignore_index`;
             or class probabilities, floating point, of the shape of `input`, differentiable.
-        weight: a weight for each class, (C,), of the dtype of `input`. Not differentiable.
+        weight: a weight for each class, (C,), of the dtype of `input`, beside probabilities or under autocast of any.
+            Not differentiable.
         size_average, reduce: PyTorch's deprecated spellings of `reduction`.
         ignore_index: the class index whose rows add nothing to the loss and get a zero gradient.
         reduction: "mean" (over the weights of the targets; over the rows for probabilities), "sum" or "none".
@@ -206,9 +213,9 @@ def cross_entropy(
     check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
     logits = as_batch(input)  # (N, C) or (N, C, D)
+    dtype, weight = promoted(dtype, target, weight)
     if target.is_floating_point():
         y = as_rows(target) if logits.dim() == 2 else target.flatten(2)  # as logits
-        dtype = torch.promote_types(dtype, target.dtype)
         logits, y = logits.to(dtype), y.to(dtype)
     else:
         y = target if target.dim() == 1 and target.dtype == torch.int64 else target.reshape(-1).long()  # (N) or (N·D)

@@ -21,6 +21,7 @@ out in the forward pass, while the chunk's logits are there, and the backward pa
 The first two functions below define the op, and hold all the logits; what runs is `linear_cross_entropy_chunks.py`.
 """
 
+import math
 from typing import List, Optional, Tuple
 
 import torch
@@ -32,6 +33,7 @@ from fused_ops._op import (
     differentiable,
     is_autocast_enabled,
     looped,
+    overridable,
     save,
     transforms_active,
 )
@@ -43,6 +45,8 @@ from fused_ops.ops._logits import (
     in_forward_pass,
     is_final_backward,
     is_one,
+    promoted,
+    refuse_weight_tangent,
     without_classes,
 )
 from fused_ops.ops.linear_cross_entropy_chunks import backward_in_chunks, forward_in_chunks
@@ -151,7 +155,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 9
 
     @staticmethod
-    def jvp(ctx, input_t, linear_weight_t, linear_bias_t, target_t, *_):
+    def jvp(ctx, input_t, linear_weight_t, linear_bias_t, target_t, weight_t, *_):
+        refuse_weight_tangent(weight_t)
         *tensors, divisor = ctx.saved_tensors
         tangents = input_t, linear_weight_t, linear_bias_t
         return loss_along(tensors, divisor, tangents, target_t, ctx.options), *[None] * 5
@@ -186,7 +191,8 @@ class LinearCrossEntropyBackward(torch.autograd.Function):
         return to_dloss, *to_inputs, *[None] * 10
 
     @staticmethod
-    def jvp(ctx, dloss_t, input_t, linear_weight_t, linear_bias_t, target_t, *_):
+    def jvp(ctx, dloss_t, input_t, linear_weight_t, linear_bias_t, target_t, weight_t, *_):
+        refuse_weight_tangent(weight_t)
         dloss, *tensors, divisor = ctx.saved_tensors
         tangents = input_t, linear_weight_t, linear_bias_t
         changes = gradients_along(dloss, tensors, divisor, tangents, target_t, ctx.options)
@@ -204,6 +210,7 @@ _linear_cross_entropy = differentiable(_forward, LinearCrossEntropy, results=1)
 _linear_cross_entropy_backward = differentiable(_backward, LinearCrossEntropyBackward)
 
 
+@overridable
 def linear_cross_entropy(
     input,
     linear_weight,
@@ -248,22 +255,24 @@ def linear_cross_entropy(
     """
     if chunk_size is None and options is not None:
         chunk_size = options.batch_chunk_size
-    shape = _check(input, linear_weight, target, linear_bias, ignore_index, chunk_size)
-    ignore_index = -100 if ignore_index is None else ignore_index
     if is_autocast_enabled(input.device):
         input, linear_weight, linear_bias = map(_autocast, (input, linear_weight, linear_bias))
+    shape = _check(input, linear_weight, target, linear_bias, ignore_index, chunk_size)
+    ignore_index = -100 if ignore_index is None else ignore_index
     check_loss(shape, input.dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
-    C, *_, H = linear_weight.shape
-    W = linear_weight.reshape(C, -1, H).transpose(0, 1).reshape(-1, H)  # (D·C, H): the C classes of a loss side by side
-    b = None if linear_bias is None else linear_bias.reshape(C, -1).t().reshape(-1)  # (D·C)
+    C, *losses, H = linear_weight.shape
+    D = math.prod(losses)
+    W = linear_weight.reshape(C, D, H).transpose(0, 1).reshape(D * C, H)  # the C classes of a loss side by side
+    b = None if linear_bias is None else linear_bias.reshape(C, D).t().reshape(D * C)  # (D·C)
+    dtype, weight = promoted(input.dtype, target, weight)
     y = as_rows(target) if target.is_floating_point() else target.reshape(-1).long()  # (N·D, C) or (N·D)
-    x = input.reshape(-1, H)  # (N, H)
+    x = input if input.dim() == 2 else input[None]  # (N, H)
     now = in_forward_pass(reduction, x.dtype)
     needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
     settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size
     (loss,) = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
-    loss = in_dtype(loss, torch.promote_types(x.dtype, y.dtype) if y.is_floating_point() else x.dtype)
+    loss = in_dtype(loss, dtype)
     return loss.reshape(without_classes(shape)) if reduction == "none" else loss
 
 
@@ -282,7 +291,7 @@ def _check(input, linear_weight, target, linear_bias, ignore_index, chunk_size):
     if not input.is_floating_point():
         raise RuntimeError(f"expected floating point input, got {input.dtype}")
     for name, t in {"linear_weight": linear_weight, "linear_bias": linear_bias}.items():
-        if t is not None and t.dtype != input.dtype and not is_autocast_enabled(input.device):
+        if t is not None and t.dtype != input.dtype:
             raise RuntimeError(f"expected input and {name} to have the same dtype, got {input.dtype} and {t.dtype}")
     if input.shape[-1] != linear_weight.shape[-1]:
         raise RuntimeError(

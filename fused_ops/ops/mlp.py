@@ -32,6 +32,7 @@ from fused_ops._op import (
     differentiable,
     is_autocast_enabled,
     looped,
+    overridable,
     save,
     transforms_active,
 )
@@ -227,6 +228,7 @@ def _gradients(ctx):
 _mlp = differentiable(_op, MLP, results=1)
 
 
+@overridable
 def mlp(
     input,
     target,
