@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import is_grad_enabled
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.compiler import is_compiling
 
@@ -11,6 +12,7 @@ from fused_ops._op import accumulate_dtype, is_autocast_enabled, transforms_acti
 
 REDUCTIONS = ("none", "mean", "sum")
 INDICES = (torch.int64, torch.uint8)  # the dtypes of class indices
+_TRACING = _TorchDispatchModeKey.PROXY
 
 
 def as_rows(x):
@@ -62,7 +64,7 @@ def is_final_backward(dloss):
 
 
 def _in_make_fx():
-    return not is_compiling() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return not is_compiling() and _get_dispatch_mode(_TRACING) is not None
 
 
 def is_one(dloss):

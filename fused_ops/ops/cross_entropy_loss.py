@@ -213,7 +213,8 @@ def cross_entropy(
     check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
     logits = as_batch(input)  # (N, C) or (N, C, D)
-    dtype, weight = promoted(dtype, target, weight)
+    if weight is not None or target.is_floating_point():
+        dtype, weight = promoted(dtype, target, weight)
     if target.is_floating_point():
         y = as_rows(target) if logits.dim() == 2 else target.flatten(2)  # as logits
         logits, y = logits.to(dtype), y.to(dtype)
