@@ -30,7 +30,7 @@ def cuda_extension(toolkit):
     # What torch leaves unset where it, or this machine, has no CUDA: the toolkit, and the cards to compile for.
     cpp_extension.CUDA_HOME = str(toolkit)
     if torch.cuda.device_count() == 0:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;9.0+PTX")
     return extension(
         "_C_cuda",
         "csrc/cuda/*.cu",

@@ -21,7 +21,7 @@ import setup  # noqa: E402
 
 PAGE = ROOT / "docs/cuda.md"
 MARK = "<!-- The rest is written by `make cuda-report`. -->\n"
-CARDS = {"80": "A100", "90": "H100", "100": "B200"}
+CARDS = {"75": "T4", "80": "A100", "90": "H100", "100": "B200"}
 CAPTION = """\
 ## What the kernels take
 

@@ -102,17 +102,26 @@ struct Split {
 };
 
 // Calls f(P{}) with a pack of 16 bytes, or of one element where rows or one of the tensors don't start at such bounds.
+// Of images of 14 x 14 and 16 bits, say, rows start at bounds of 8 bytes: these have packs of their own.
 template <typename T, typename F>
 void dispatch_pack(const Layout& l, std::initializer_list<const void*> tensors, const F& f) {
   constexpr int kSize = 16 / sizeof(T);
-  bool aligned = (l.inner == 1 ? l.channels : l.inner) % kSize == 0;
-  for (const void* t : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(t) % 16 == 0;
-  if (!aligned)
-    f(Pack<T, 1, 1>{});
-  else if (l.inner == 1)
-    f(Pack<T, kSize, kSize>{});
-  else
-    f(Pack<T, kSize, 1>{});
+  const auto aligned = [&](int size) {
+    bool all = (l.inner == 1 ? l.channels : l.inner) % size == 0;
+    for (const void* t : tensors) all = all && reinterpret_cast<uintptr_t>(t) % (size * sizeof(T)) == 0;
+    return all;
+  };
+  if (aligned(kSize)) {
+    if (l.inner == 1)
+      f(Pack<T, kSize, kSize>{});
+    else
+      f(Pack<T, kSize, 1>{});
+    return;
+  }
+  if constexpr (sizeof(T) == 2) {
+    if (l.inner != 1 && aligned(kSize / 2)) return f(Pack<T, kSize / 2, 1>{});
+  }
+  f(Pack<T, 1, 1>{});
 }
 
 // Some of a thread's packs: the number of the first, how many, and where in memory they lie.

@@ -11,16 +11,56 @@
 namespace fused_ops {
 namespace {
 
-// What the mean divides by: the rows' weights, in one block.
-template <typename T, typename Acc = accumulate_t<T>>
-__global__ void FUSED_OPS_ANY_BLOCK find_divisor(DeviceRows<T> rows, Acc* divisor) {
-  double kept_weight = 0;
-  for (int64_t n = threadIdx.x; n < rows.N; n += blockDim.x) {
-    const int64_t y = rows.target(n);
-    if (y >= 0) kept_weight += rows.weight(y);
+// What sums over rows are taken of: read(n) is loaded, and value(read(n)) added.
+template <typename V>
+struct Values {
+  const V* values;
+
+  __device__ V read(int64_t n) const { return values[n]; }
+  __device__ double value(V v) const { return v; }
+};
+
+// The rows' weights, whose sum the mean divides by.
+template <typename T>
+struct KeptWeights {
+  DeviceRows<T> rows;
+
+  __device__ int64_t read(int64_t n) const { return rows.y ? rows.y[n] : 0; }
+  __device__ double value(int64_t y_n) const {
+    const int64_t y = rows.y ? rows.checked(y_n) : 0;
+    return y >= 0 ? rows.weight(y) : 0;
   }
-  kept_weight = block_sum(kept_weight);
-  if (threadIdx.x == 0) *divisor = static_cast<Acc>(kept_weight);
+};
+
+// For each block its share's sum, over `over` where that is not null. Several loads of a thread are under way at once.
+template <typename Of, typename Acc, typename Out>
+__global__ void FUSED_OPS_ANY_BLOCK sum_up(int64_t N, Of of, const Acc* over, Out* out) {
+  constexpr int kAtOnce = 8;
+  const int64_t share = ceil_div(N, gridDim.x), end = min(N, (blockIdx.x + 1) * share);
+  double sum = 0;
+  for (int64_t first = blockIdx.x * share + threadIdx.x; first < end; first += kAtOnce * blockDim.x) {
+    decltype(of.read(0)) read[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (const int64_t n = first + u * blockDim.x; n < end) read[u] = of.read(n);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (first + u * blockDim.x < end) sum += of.value(read[u]);
+  }
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<Out>(over ? sum / *over : sum);
+}
+
+// The same of all rows, always in the same order: by one block or, of many rows, by several, whose sums one adds up.
+template <typename Of, typename Acc>
+void sum_rows(const Tensor& on, int64_t N, const Of& of, const Acc* over, Acc* out) {
+  constexpr int64_t kRowsOfBlock = 16384, kMostBlocks = 256;
+  const int64_t blocks = std::clamp<int64_t>(N / kRowsOfBlock, 1, kMostBlocks);
+  if (blocks == 1) return launch(on, {1, threads_for(N)}, sum_up<Of, Acc, Acc>, N, of, over, out);
+  Tensor shares = empty_beside(on, {blocks}, ScalarType::Double);
+  double* of_share = shares.mutable_data_ptr<double>();
+  launch(on, {blocks, kWarp * kMaxWarps}, sum_up<Of, Acc, double>, N, of, nullptr, of_share);
+  launch(on, {1, threads_for(blocks)}, sum_up<Values<double>, Acc, Acc>, blocks, Values<double>{of_share}, over, out);
 }
 
 // m, log_z and the loss of each row; and dlogits for dloss = 1, where not null. `divisor` is null but for the mean.
@@ -79,15 +119,6 @@ __global__ void FUSED_OPS_ROW_BLOCK(T)
   write_gradients(part, cap, t, row, dlogits, static_cast<T*>(nullptr));
 }
 
-// The losses' sum, over the divisor where that is not null, in one block.
-template <typename Acc>
-__global__ void FUSED_OPS_ANY_BLOCK reduce_losses(int64_t N, const Acc* losses, const Acc* divisor, Acc* loss) {
-  double sum = 0;
-  for (int64_t n = threadIdx.x; n < N; n += blockDim.x) sum += losses[n];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) *loss = static_cast<Acc>(divisor ? sum / *divisor : sum);
-}
-
 // dlogits and dtarget, where not null, from the saved m and log_z. `divisor` is null but for the mean.
 template <typename T, typename Cap, typename Targets, typename Acc = accumulate_t<T>>
 __global__ void FUSED_OPS_ROW_BLOCK(T)
@@ -119,15 +150,32 @@ void launch_gradients(const Rows& rows, const DeviceRows<T>& on_device, const Ro
 }
 
 // dx times *dloss: where that is 1, as it mostly is, nothing is written. Rows that are ignored stay 0, as no number
-// times 0 is NaN. Row n, one of D positions of C classes, has its elements D apart.
-template <typename T, typename Acc = accumulate_t<T>>
-__global__ void FUSED_OPS_ANY_BLOCK scale(T* dx, int64_t size, int64_t C, int64_t D, const Acc* dloss, const int64_t* y,
-                                          int64_t ignore_index) {
+// times 0 is NaN, but those that are not finite: then each element looks for its row. Row n, one of D positions of C
+// classes, has its elements D apart.
+template <typename P, typename T, typename Acc = accumulate_t<T>>
+__global__ void FUSED_OPS_ANY_BLOCK scale(T* dx, int64_t packs, int64_t C, int64_t D, const Acc* dloss,
+                                          const int64_t* y, int64_t ignore_index) {
+  constexpr int kAtOnce = 4;
   const Acc g = *dloss;
   if (g == 1) return;
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size; i += int64_t{gridDim.x} * blockDim.x) {
-    const bool ignored = !isfinite(g) && y && y[i / (C * D) * D + i % D] == ignore_index;
-    dx[i] = ignored ? T(0) : narrow<T>(widen(dx[i]) * g);
+  const int64_t thread = blockIdx.x * int64_t{blockDim.x} + threadIdx.x, step = int64_t{gridDim.x} * blockDim.x;
+  if (!isfinite(g) && y) {
+    for (int64_t i = thread; i < packs * P::kSize; i += step)
+      dx[i] = y[i / (C * D) * D + i % D] == ignore_index ? T(0) : narrow<T>(widen(dx[i]) * g);
+    return;
+  }
+  for (int64_t first = thread; first < packs; first += kAtOnce * step) {
+    P x[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (first + u * step < packs) x[u] = load<P>(dx, (first + u * step) * P::kSize);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (first + u * step >= packs) break;
+#pragma unroll
+      for (T& x_k : x[u].values) x_k = narrow<T>(widen(x_k) * g);
+      store(dx, (first + u * step) * P::kSize, x[u]);
+    }
   }
 }
 
@@ -163,14 +211,12 @@ Tensor loss_of_rows(const Rows& rows, Tensor& stats, Tensor& divisor, Tensor* dl
     Acc *m = stats.mutable_data_ptr<Acc>(), *of_row = losses.mutable_data_ptr<Acc>();
     Acc* kept_weight = divisor.mutable_data_ptr<Acc>();
     const Acc* over = rows.mean ? kept_weight : nullptr;
-    launch(rows.logits, {1, threads_for(rows.R)}, find_divisor<T>, on_device, kept_weight);
+    sum_rows<KeptWeights<T>, Acc>(rows.logits, rows.R, {on_device}, nullptr, kept_weight);
     dispatch_forms<T>(rows, [&](auto cap, auto targets) {
       launch_rows<T>(rows.logits, rows.R, rows.C, row_losses<T, decltype(cap), decltype(targets)>, on_device, cap,
                      targets, over, m, m + rows.R, of_row, dlogits ? data_or_null<T>(*dlogits) : nullptr);
     });
-    if (!rows.per_row)
-      launch(rows.logits, {1, threads_for(rows.R)}, reduce_losses<Acc>, rows.R, of_row, over,
-             loss.mutable_data_ptr<Acc>());
+    if (!rows.per_row) sum_rows<Values<Acc>, Acc>(rows.logits, rows.R, {of_row}, over, loss.mutable_data_ptr<Acc>());
   });
   return loss;
 }
@@ -211,9 +257,16 @@ void cross_entropy_scale_(Tensor dlogits, Tensor dloss, Tensor target, int64_t i
   if (size > 0)
     dispatch_floating(dlogits.scalar_type(), "cross_entropy", [&](auto scalar) {
       using T = decltype(scalar);
-      launch(dlogits, {std::min<int64_t>(size / 1024 + 1, 4096), 256}, scale<T>, dlogits.mutable_data_ptr<T>(), size,
-             rows.C, rows.D, factor.const_data_ptr<accumulate_t<T>>(),
-             rows.probabilities ? nullptr : rows.target.const_data_ptr<int64_t>(), ignore_index);
+      constexpr int kPack = 16 / sizeof(T);
+      T* dx = dlogits.mutable_data_ptr<T>();
+      const auto run = [&](auto pack) {
+        using P = decltype(pack);
+        const int64_t packs = size / P::kSize, blocks = std::min<int64_t>(packs / 1024 + 1, 4096);
+        launch(dlogits, {blocks, 256}, scale<P, T>, dx, packs, rows.C, rows.D, factor.const_data_ptr<accumulate_t<T>>(),
+               rows.probabilities ? nullptr : rows.target.const_data_ptr<int64_t>(), ignore_index);
+      };
+      const bool in_packs = size % kPack == 0 && reinterpret_cast<uintptr_t>(dx) % 16 == 0;
+      in_packs ? run(Pack<T, kPack>{}) : run(Pack<T, 1>{});
     });
 }
 

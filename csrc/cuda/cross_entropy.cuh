@@ -32,13 +32,13 @@ struct DeviceRows {
         z_loss(static_cast<Acc>(rows.z_loss)) {}
 
   // The row's class; 0, which is as good as any, where its target is class probabilities; -1 where it is ignored.
-  __device__ int64_t target(int64_t n) const {
-    if (!y) return 0;
-    if (y[n] == ignore_index) return -1;
-    const bool in_bounds = y[n] >= 0 && y[n] < classes;
-    if (!in_bounds) printf("Target %lld is out of bounds.\n", static_cast<long long>(y[n]));
+  __device__ int64_t target(int64_t n) const { return y ? checked(y[n]) : 0; }
+  __device__ int64_t checked(int64_t y_n) const {
+    if (y_n == ignore_index) return -1;
+    const bool in_bounds = y_n >= 0 && y_n < classes;
+    if (!in_bounds) printf("Target %lld is out of bounds.\n", static_cast<long long>(y_n));
     assert(in_bounds);
-    return in_bounds ? y[n] : -1;
+    return in_bounds ? y_n : -1;
   }
 
   // What the row weighs in the mean.

@@ -61,13 +61,13 @@ class Largest {
     if constexpr (!kPairs) {
       return fmax(a, b);
     } else {
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
       if constexpr (std::is_same_v<T, c10::BFloat16>)
         asm("max.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
       else
         asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
       return a;
-#else  // in the emulation
+#else  // on older cards, and in the emulation
       auto of_a = fused_ops::bit_cast<Pair>(a), of_b = fused_ops::bit_cast<Pair>(b);
       for (int k = 0; k < 2; ++k) of_a.values[k] = fmax(widen(of_a.values[k]), widen(of_b.values[k]));
       return fused_ops::bit_cast<Word>(of_a);
