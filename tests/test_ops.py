@@ -128,3 +128,9 @@ def test_opcheck(op, case, device):
             tests.append("test_aot_dispatch_dynamic")
         results = torch.library.opcheck(fused, args, test_utils=tests)
         assert set(results.values()) == {"SUCCESS"}
+
+
+def test_every_kernel_is_of_a_declared_op():
+    """A name misspelt in an IMPL block raises no error: the op would run its reference, and be compared with itself."""
+    undeclared = [kernel for kernel in torch._C._dispatch_find_dangling_impls() if "fused_ops::" in kernel]
+    assert undeclared == []
