@@ -61,17 +61,21 @@ def run(function, sample, dtype=None, parameters=(), cotangent=lambda dout: dout
     return out.detach(), grads, left
 
 
-def assert_as_near(ours, theirs, truth):
+def assert_as_near(ours, theirs, truth, of="results"):
     """Our tensors are as near to the truth, computed in float64, as theirs are; same dtypes and shapes.
 
     Near: within `assert_close`'s tolerance for the dtype, plus 1.5 times their own error (of a sum that cancels, say).
+    A failure names the tensor by its place among the `of`.
     """
-    for actual, peer, expected in zip(tensors(ours), tensors(theirs), tensors(truth), strict=True):
-        assert (actual.dtype, actual.shape) == (peer.dtype, peer.shape)
+    for i, (actual, peer, expected) in enumerate(zip(*map(tensors, (ours, theirs, truth)), strict=True)):
+        place = f"tensor {i} of the {of}"
+        kind, expected_kind = ((t.dtype, tuple(t.shape)) for t in (actual, peer))
+        assert kind == expected_kind, f"{place}: {kind} is not {expected_kind}"
         rtol, atol = torch.testing._comparison.default_tolerances(actual.dtype)
         error = (peer.double() - expected.double()).abs()
         error = error[error.isfinite()].max().item() if error.isfinite().any() else 0.0
-        assert_close(actual, expected.to(actual.dtype), equal_nan=True, rtol=rtol, atol=atol + 1.5 * error)
+        tolerances = {"rtol": rtol, "atol": atol + 1.5 * error, "equal_nan": True}
+        assert_close(actual, expected.to(actual.dtype), **tolerances, msg=lambda text, place=place: f"{place}: {text}")
 
 
 def of_inputs(function, sample):

@@ -87,10 +87,10 @@ def test_kernel_matches_undecorated_reference(op, case, dtype, device):
         return function(*args), args
 
     for fused, args in op_calls(op, case.build(dtype, device)):
-        reference = REFERENCES[fused]
+        reference, results = REFERENCES[fused], f"outputs and arguments of {fused}"
         ours, theirs = call(fused, copies(args)), call(reference, copies(args))
-        assert_as_near(ours, theirs, call(reference, copies(args, F64)))
-        assert all_strides(ours) == all_strides(theirs)
+        assert_as_near(ours, theirs, call(reference, copies(args, F64)), of=results)
+        assert all_strides(ours) == all_strides(theirs), f"strides of the {results}"
 
 
 @pytest.mark.usefixtures("one_thread")
