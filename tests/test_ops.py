@@ -6,12 +6,14 @@ backward, so a new op is tested once it has samples.
 """
 
 import contextlib
+import itertools
 
 import pytest
 import torch
 from checks import F64, FLOATS, assert_as_near, copies, differentiated, every_device, of_inputs, run, tensors
 from samples import OPS
 from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_ops
@@ -77,20 +79,48 @@ def op_calls(op, sample):
     return recorder.calls
 
 
-@every_device
-@every_dtype
-@every_case
-def test_kernel_matches_undecorated_reference(op, case, dtype, device):
-    """Each op alone: its outputs, and the arguments that it writes to."""
+def assert_matches_reference(fused, args):
+    """The op's outputs, and the arguments that it writes to, are those of its reference."""
 
     def call(function, args):
         return function(*args), args
 
+    reference, results = REFERENCES[fused], f"outputs and arguments of {fused}"
+    ours, theirs = call(fused, copies(args)), call(reference, copies(args))
+    assert_as_near(ours, theirs, call(reference, copies(args, F64)), of=results)
+    assert all_strides(ours) == all_strides(theirs), f"strides of the {results}"
+
+
+@every_device
+@every_dtype
+@every_case
+def test_kernel_matches_undecorated_reference(op, case, dtype, device):
     for fused, args in op_calls(op, case.build(dtype, device)):
-        reference, results = REFERENCES[fused], f"outputs and arguments of {fused}"
-        ours, theirs = call(fused, copies(args)), call(reference, copies(args))
-        assert_as_near(ours, theirs, call(reference, copies(args, F64)), of=results)
-        assert all_strides(ours) == all_strides(theirs), f"strides of the {results}"
+        assert_matches_reference(fused, args)
+
+
+@pytest.mark.usefixtures("one_thread")
+@every_device
+@pytest.mark.parametrize(("op", "case"), DIFFERENTIABLE)
+def test_each_gradient_is_the_same_whatever_else_is_needed(op, case, device):
+    """And kernel and reference agree on what comes back empty, because nobody needs it."""
+    sample = case.build(torch.float32, device)
+    inputs = differentiated(sample)
+    _, everything, _ = run(op.function, sample)
+    calls = {}  # by op and flags
+    for needs in itertools.product((True, False), repeat=len(inputs)):
+        if not any(needs):
+            continue
+        for t, needed in zip(inputs, needs, strict=True):
+            t.requires_grad_(needed)
+        with Recorder() as recorder:
+            _, gradients, _ = run(op.function, sample)
+        expected = tuple(itertools.compress(everything, needs))
+        assert_close(gradients, expected, msg=lambda text, needs=needs: f"where inputs require grad as {needs}: {text}")
+        for fused, args in recorder.calls:
+            calls[fused, str([a for a in args if not isinstance(a, torch.Tensor)])] = args
+    for (fused, *_), args in calls.items():
+        assert_matches_reference(fused, args)
 
 
 @pytest.mark.usefixtures("one_thread")
