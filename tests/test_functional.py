@@ -60,12 +60,16 @@ def test_refuses_what_torch_refuses(name, arguments):
         getattr(F, name)(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{**NAMED, "input": LOGITS.long()}, {"input": X.long(), "running_mean": X[0]}])
-def test_refuses_integers(arguments):
-    function = F.cross_entropy if "target" in arguments else F.batch_norm
-    arguments = arguments if "target" in arguments else {**arguments, "running_var": X[0]}
+INTEGERS = [
+    ("cross_entropy", {**NAMED, "input": LOGITS.long()}),
+    ("batch_norm", {"input": X.long(), "running_mean": X[0], "running_var": X[0]}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), INTEGERS)
+def test_refuses_integers(name, arguments):
     with pytest.raises(RuntimeError, match="floating point"):
-        function(**arguments)
+        getattr(F, name)(**arguments)
 
 
 @pytest.mark.parametrize("training", [True, False])

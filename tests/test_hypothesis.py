@@ -1,7 +1,7 @@
 """Drawn shapes, strides, dtypes and options: value and gradients against torch's function in float64.
 
 The draws are the same every time (`derandomize`). To add an option of an op, draw it in the op's strategy; if torch's
-function lacks it, compute it in `TRUTH`.
+function lacks it, compute it in the op's `torch_function` (tests/samples/).
 """
 
 import pytest
@@ -9,9 +9,7 @@ import torch
 from checks import F64, FLOATS, assert_as_near, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from samples import Sample, composed_batch_norm, leaf, torch_cross_entropy, torch_linear_cross_entropy, torch_mlp
-
-import fused_ops.functional
+from samples import OPS, Sample, leaf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = 150  # of each op
@@ -163,17 +161,11 @@ STRATEGIES = {
     "linear_cross_entropy": linear_cross_entropy,
     "mlp": mlp,
 }
-TRUTH = {
-    "batch_norm": composed_batch_norm,
-    "cross_entropy": torch_cross_entropy,
-    "linear_cross_entropy": torch_linear_cross_entropy,
-    "mlp": torch_mlp,
-}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_drawn_samples(name, tally):
-    tried = []
+    op, tried = OPS[name], []
 
     @settings(
         max_examples=EXAMPLES,
@@ -185,8 +177,8 @@ def test_drawn_samples(name, tally):
     @given(sample=STRATEGIES[name]())
     def check(sample):
         tried.append(name)
-        ours = run(getattr(fused_ops.functional, name), sample)
-        assert_as_near(ours, run(TRUTH[name], sample), run(TRUTH[name], sample, F64))
+        ours, theirs = run(op.function, sample), run(op.torch_function, sample)
+        assert_as_near(ours, theirs, run(op.torch_function, sample, F64))
 
     try:
         check()

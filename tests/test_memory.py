@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from checks import every_device
+from checks import differentiated, every_device
 
 import fused_ops
 import fused_ops.functional as F
@@ -73,7 +73,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_calls_leave_nothing_behind(case, device):
     function, args, options = CASES[case](device)
-    leaves = [a for a in args if a is not None and a.requires_grad]
+    leaves = differentiated(args)
 
     def calls():
         for _ in range(CALLS):

@@ -20,8 +20,6 @@ __all__ = [
     "Sample",
     "composed_batch_norm",
     "leaf",
-    "torch_cross_entropy",
-    "torch_linear_cross_entropy",
     "torch_mlp",
 ]
 
