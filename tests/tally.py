@@ -24,7 +24,7 @@ SUITES = {
         "gradgradcheck": "second derivatives, reverse over reverse mode, also under vmap",
         "fwd over rev": "second derivatives, forward over reverse mode",
         "errors": "the entry's error inputs raise what torch's function raises, in the entry's words",
-        "complex": "the entry lists no complex dtype, and complex inputs are refused",
+        "complex": "complex inputs are refused",
     },
     "ModuleInfo": {
         "samples": "after load_state_dict: output, gradients and buffers match torch's, in every float dtype",
