@@ -1,5 +1,6 @@
 # make train        set everything up and train on the shipped names     make train ARGS="--steps 2000 --backward steps"
 # make test         set everything up and run the tests                  make test ARGS="-k cross_entropy"
+# make kernels      compile what has changed of the CPU kernels, in place, and install nothing
 # make test-other   run them on the same kernels with another torch       make test-other OTHER=torch==2.10.0
 # make test-emulated  run the CUDA kernels on an emulated card, with every access to memory checked
 # make test-cuda    run the tests of CUDA, on a card                     make clean test-cuda TORCH=torch
@@ -11,7 +12,8 @@
 # make cuda-report  compile the CUDA kernels and write what they take to docs/cuda.md
 # make clean        remove what these made
 #
-# FUSED_OPS_BUILD=0 before any of them leaves the kernels out: every op runs its PyTorch reference.
+# FUSED_OPS_BUILD=0 before any of them leaves the kernels out: every op runs its PyTorch reference. FUSED_OPS_BUILD=cpu
+# leaves out those of CUDA.
 # TORCH=... names another torch to install, PYTHON=... another Python to make .venv with.
 
 PYTHON ?= python3
@@ -21,12 +23,14 @@ OTHER ?= torch==2.10.0
 LINTERS := clang-format==22.1.8 ruff==0.15.21
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check --quiet
+# So that torch finds ninja, which compiles side by side, and in place only what has changed.
+WITH_NINJA := PATH="$(abspath $(VENV)/bin):$$PATH"
 
-# One stamp for each kind of installation, removed by the other: going from one to the other installs anew.
-INSTALLED := $(VENV)/installed-$(if $(filter 0,$(FUSED_OPS_BUILD)),references,kernels)
+# One stamp for each kind of installation, removed by the others: going from one to another installs anew.
+INSTALLED := $(VENV)/installed-$(or $(FUSED_OPS_BUILD:0=references),kernels)
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: train test test-other test-emulated test-cuda sanitize card memory bench lint docs cuda-report clean
+.PHONY: train test kernels test-other test-emulated test-cuda sanitize card memory bench lint docs cuda-report clean
 .DELETE_ON_ERROR:
 
 train: $(INSTALLED)
@@ -34,6 +38,9 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n auto $(ARGS)
+
+kernels: $(VENV)/torch
+	$(WITH_NINJA) FUSED_OPS_BUILD=cpu $(VENV)/bin/python setup.py -q build_ext --inplace
 
 # One library serves every torch from the oldest on: the kernels stay as they were built.
 test-other: $(INSTALLED)
@@ -89,8 +96,8 @@ $(VENV)/torch: Makefile
 	touch $@
 
 $(INSTALLED): $(VENV)/torch $(SOURCES)
-	rm -rf build fused_ops/*.so $(VENV)/installed-*
-	$(PIP) install --no-build-isolation --editable ".[test,bench]"
+	rm -rf build/emulated fused_ops/*.so $(VENV)/installed-*
+	$(WITH_NINJA) $(PIP) install --no-build-isolation --editable ".[test,bench]"
 	touch $@
 
 $(VENV)/linters: $(VENV)/torch

@@ -1,8 +1,9 @@
 """Builds the kernels: `fused_ops/_C` from csrc/cpu with a C++ compiler, `fused_ops/_C_cuda` from csrc/cuda with nvcc.
 
-Where a compiler is missing, or with FUSED_OPS_BUILD=0, its library is left out and the ops run their references. Where
-one is there and fails, so does the installation, with the compiler's message. `_C_cuda` compiles beside any torch, but
-loads only where torch has CUDA. Metadata is in pyproject.toml.
+Where a compiler is missing, or with FUSED_OPS_BUILD=0, its library is left out and the ops run their references;
+FUSED_OPS_BUILD=cpu leaves out `_C_cuda` alone. Where a compiler is there and fails, so does the installation, with the
+compiler's message. `_C_cuda` compiles beside any torch, but loads only where torch has CUDA. Metadata is in
+pyproject.toml.
 """
 
 import os
@@ -53,14 +54,15 @@ def find_cuda_toolkit():
 
 
 def extensions():
-    if os.environ.get("FUSED_OPS_BUILD") == "0":
+    wanted = os.environ.get("FUSED_OPS_BUILD")
+    if wanted == "0":
         return
     compiler = os.environ.get("CXX", "c++").split()[0]
     if not shutil.which(compiler):
         print(f"fused_ops: no C++ compiler ({compiler}) found, installing without kernels", file=sys.stderr)
         return
     yield extension("_C", "csrc/cpu/*.cpp", extra_compile_args={"cxx": CXX})
-    if toolkit := find_cuda_toolkit():
+    if wanted != "cpu" and (toolkit := find_cuda_toolkit()):
         yield cuda_extension(toolkit)
 
 

@@ -50,6 +50,14 @@ def test_without_a_compiler_nothing_is_built_and_nothing_fails(environment, sour
     assert ("no C++ compiler (no-such-compiler) found" in result.stderr) == ("CXX" in environment)
 
 
+@NEEDS_COMPILER
+def test_the_cpu_kernels_can_be_built_alone(monkeypatch):
+    monkeypatch.setenv("FUSED_OPS_BUILD", "cpu")
+    extensions = runpy.run_path(str(ROOT / "setup.py"))["extensions"]
+    monkeypatch.setitem(extensions.__globals__, "find_cuda_toolkit", lambda: Path("/usr/local/cuda"))
+    assert [extension.name for extension in extensions()] == ["fused_ops._C"]
+
+
 def test_what_is_installed_has_all_that_it_needs(sources):
     python(sources, "setup.py", "-q", "build_py", FUSED_OPS_BUILD="0")
     (built,) = (sources / "build").glob("lib*")
