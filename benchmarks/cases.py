@@ -74,7 +74,7 @@ class Case:
     variant: str = ""
     flops: int | None = None  # of the matrix products forward; None: bytes are what limits the op
     product: tuple | None = None  # rows, inner size and columns of the product that their rate is measured on
-    others: dict = field(default_factory=dict)  # further implementations by name
+    others: dict = field(default_factory=dict)  # further implementations by name, ours and optional ones
     tolerance: float | None = None  # of the norm of what eager gives; None: what goes for the dtype
     quick: bool = False  # measured with --quick
     curve: bool = False  # only there to show how cost grows with size
@@ -93,15 +93,15 @@ class Case:
 
     def implementations(self):
         """By name, in the order of the table. PyTorch's eager mode is first: the others are compared with it."""
-        in_place = Implementation(_cross_entropy_in_place, overwrites=True)
+        ours = {name: other for name, other in self.others.items() if not other.optional}
         return {
             "eager": Implementation(self.eager),
             # dynamic=False: a kernel for this size, as the others have, and not for the sizes measured before
             "torch.compile": Implementation(torch.compile(self.eager, dynamic=False), optional=True),
-            **self.others,
+            **{name: other for name, other in self.others.items() if other.optional},
             "reference": Implementation(self.fused, context=fused_ops.reference_mode),
             FUSED: Implementation(self.fused),
-            **({IN_PLACE: in_place} if self.op == "cross_entropy" else {}),
+            **ours,
         }
 
 
@@ -126,8 +126,9 @@ def cross_entropy(shape, dtype, probabilities=False, **options):
         tensors=tensors,
         eager=torch_F.cross_entropy,
         fused=F.cross_entropy,
-        work={p: bytes + probabilities for p, bytes in {"forward": 1, "backward": 2, "both": 2}.items()},
+        work={p: times + probabilities for p, times in {"forward": 1, "backward": 2, "both": 2}.items()},
         variant="probabilities" * probabilities,
+        others={IN_PLACE: Implementation(_cross_entropy_in_place, overwrites=True)},
         **options,
     )
 

@@ -291,9 +291,9 @@ def test_only_a_peer_that_overwrites_its_inputs_has_its_own():
 
 def test_peers_are_for_cuda_and_where_they_are_installed(fake_peers, monkeypatch):
     assert peers.versions() == "liger_kernel, quack, flash_attn, apex, cut_cross_entropy"  # the fakes have no metadata
-    assert not any(case.others.keys() - {cases.CHUNKED} for case in cases.all_cases("cpu"))
+    assert not any(case.others.keys() - {cases.CHUNKED, cases.IN_PLACE} for case in cases.all_cases("cpu"))
     monkeypatch.setattr(peers.util, "find_spec", lambda package: None)
-    assert not any(case.others.keys() - {cases.CHUNKED} for case in cases.all_cases("cuda"))
+    assert not any(case.others.keys() - {cases.CHUNKED, cases.IN_PLACE} for case in cases.all_cases("cuda"))
     assert peers.versions() == ""
 
 
