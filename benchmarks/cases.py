@@ -6,7 +6,8 @@ The limit of a pass is that least work at the speed measured beside it. Of n byt
                             both together could do with one reading (2n): the gradient of a mean is known row by row.
                             Class probabilities are n more to read in each
     batch_norm              forward reads x and writes y (2n), backward reads x and dy and writes dx (3n);
-                            both 5n, since dy is not known before the forward pass has ended
+                            both 5n, since dy is not known before the forward pass has ended. In evaluation, too: the
+                            gradient of the weight takes x
     batch_norm + add + relu forward reads the residual, too (3n), and backward writes its gradient (4n); both 7n.
                             The mask of relu, with add or without, is not counted: a bit an element would do
     linear_cross_entropy    one matrix product of 2·N·H·C FLOPs forward, two backward; both 6·N·H·C
@@ -133,22 +134,22 @@ def cross_entropy(shape, dtype, probabilities=False, **options):
     )
 
 
-def _norm(input, weight, bias, running_mean, running_var):
-    return torch_F.batch_norm(input, running_mean, running_var, weight, bias, training=True)
+def _norm(input, weight, bias, running_mean, running_var, training=True):
+    return torch_F.batch_norm(input, running_mean, running_var, weight, bias, training)
 
 
-def _norm_relu(*args):
-    return torch_F.relu(_norm(*args))
+def _norm_relu(*args, **options):
+    return torch_F.relu(_norm(*args, **options))
 
 
-def _norm_add_relu(*args):
+def _norm_add_relu(*args, **options):
     *args, residual = args
-    return torch_F.relu(_norm(*args) + residual)
+    return torch_F.relu(_norm(*args, **options) + residual)
 
 
-def _fused_norm(input, weight, bias, running_mean, running_var, residual=None, activation=None):
+def _fused_norm(input, weight, bias, running_mean, running_var, residual=None, activation=None, training=True):
     options = {"activation": activation, "residual": residual}
-    return F.batch_norm(input, running_mean, running_var, weight, bias, training=True, **options)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, **options)
 
 
 _fused_norm_relu = functools.partial(_fused_norm, activation="relu")
@@ -171,7 +172,7 @@ def _of_norm(channels, device):
     return *parameters, torch.zeros(channels, device=device), torch.ones(channels, device=device)
 
 
-def batch_norm(shape, dtype=torch.float32, followed_by="", channels_last=False, **options):
+def batch_norm(shape, dtype=torch.float32, followed_by="", channels_last=False, training=True, **options):
     eager, fused, work = FOLLOWED_BY[followed_by]
 
     def tensors(device):
@@ -187,10 +188,10 @@ def batch_norm(shape, dtype=torch.float32, followed_by="", channels_last=False, 
         shape=shape,
         dtype=dtype,
         tensors=tensors,
-        eager=eager,
-        fused=fused,
+        eager=functools.partial(eager, training=training),
+        fused=functools.partial(fused, training=training),
         work=work,
-        variant=" ".join(filter(None, ("channels_last" * channels_last, followed_by))),
+        variant=" ".join(filter(None, ("evaluation" * (not training), "channels_last" * channels_last, followed_by))),
         **options,
     )
 
@@ -319,6 +320,8 @@ def cpu_cases():
     for dtype in (bfloat16, torch.float16):
         for channels_last in (False, True):
             yield batch_norm((32, 64, 56, 56), dtype, channels_last=channels_last)
+    for dtype in (float32, torch.float16):
+        yield batch_norm((32, 64, 56, 56), dtype, training=False)
     for rows in (32, 1024, 8192):
         yield batch_norm((rows, 256), curve=True)
 

@@ -86,7 +86,7 @@ def _bars(op, rows):
 
 
 def _label(row):
-    kinds = [kind for kind in ("channels_last", "probabilities") if kind in row["variant"].split()]
+    kinds = [kind for kind in ("channels_last", "evaluation", "probabilities") if kind in row["variant"].split()]
     return "\n".join(["x".join(map(str, row["shape"])), *kinds])
 
 
