@@ -1,7 +1,23 @@
 """Formulas of the docstrings, read into sympy: so that what is proved is what the student reads.
 
 Symbols are named as in the docstrings. Those with several elements are numpy arrays of sympy expressions, which
-broadcast as tensors do.
+broadcast as tensors do. This is what a formula may hold, and how it is read:
+
+    a·b                     element by element, or the product of matrices, as `Formulas` is told
+    2ζ, ½x, x², x³, x^-½    products and powers
+    √2, √(x), xᵀ            roots, the transpose
+    exp(x), erf(x)          and log(x), tanh(x); without brackets these two are of all that follows
+    x_n, x_c, x_nc, x_i     x: indices of elements are dropped, these four
+    Σ_n x·y                 sums down the columns, (N, C) to (C), of what comes before the next + or −
+    Σ_c x·y, Σ x·y          along the rows, (N, C) to (N, 1); and of all elements
+    mean(x)                 of all elements
+    [c = y_n]               an array that the test names is_y
+    a'(z), a''(z)           functions that it names a1 and a2
+    d(dx)                   a name of its own, d_dx, as x_t is
+    f(v) = x·v              a function, once it is defined
+
+Of `name = expression = ... = expression` the last is the value. The name may be anything that no other formula needs,
+such as ∂r/∂x_i.
 """
 
 import inspect
