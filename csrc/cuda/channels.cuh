@@ -89,9 +89,16 @@ struct Split {
     cut_strips(1);
   }
 
-  void cut_strips(int64_t chunks) {
-    down = cut(rows, threads_down, chunks);
-    across = cut(strip_columns, width, std::max<int64_t>(1, chunks / down.pieces));
+  // Into so many chunks, or few less: by rows first, but for what few rows leave over.
+  void cut_strips(int64_t most) {
+    down = across = {0, 0};
+    for (int64_t of_rows = most; of_rows > 0 && chunks() < most; of_rows /= 2) {
+      const Cut by_rows = cut(rows, threads_down, of_rows),
+                by_columns = cut(strip_columns, width, most / by_rows.pieces);
+      if (by_rows.pieces * by_columns.pieces <= chunks()) continue;
+      down = by_rows;
+      across = by_columns;
+    }
   }
 
   // Of a thread's share, at most.

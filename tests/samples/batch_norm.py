@@ -94,6 +94,7 @@ def batch_norm_cases():
     case("streamed-channels-last", (7, 18, 131, 133), view=lambda x: x.to(memory_format=last), gradcheck=False)
     # several blocks to a channel, which read 16 bytes at once: see Split in csrc/cuda/channels.cuh
     case("blocks-planes", (2, 3, 256, 136), gradcheck=False)
+    case("blocks-small-planes", (90, 2, 14, 14), activation="relu", residual=lambda r: r, gradcheck=False)  # or 8 bytes
 
     # a 16-bit input with float32 parameters and statistics
     for training in (True, False):

@@ -96,6 +96,10 @@ def cross_entropy_cases():
         weight = make.weights(203, requires_grad=False)
         return (make(150, 203), make.indices(150, classes=203)), {"weight": weight, "ignore_index": 3}
 
+    @case("indices-40000x3", gradcheck=False)  # so many rows that several blocks of a CUDA card add them up
+    def _(make):
+        return (make(40000, 3), make.indices(40000, classes=3)), {"ignore_index": 1}
+
     @case("indices-4099", gradcheck=False)  # a row for more threads than a block of a CUDA card has
     def _(make):
         return (make(3, 4099), make.indices(3, classes=4099)), {"label_smoothing": 0.1}
