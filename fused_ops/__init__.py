@@ -5,7 +5,7 @@ one elementary step at a time; `fused_ops.compare` sets a gradient beside autogr
 of torch.nn's layers one of ours.
 """
 
-from fused_ops import functional, nn
+from fused_ops import _flops, functional, nn  # noqa: F401
 from fused_ops._op import has_kernels, load_kernels, reference_mode
 from fused_ops.compare import compare
 from fused_ops.nn import convert

@@ -8,6 +8,7 @@ import pytest
 import torch
 from checks import NEEDS_CUDA, copies, every_device
 from samples import torch_mlp
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_ops
 import fused_ops.functional as F
@@ -181,6 +182,21 @@ def test_sgd_steps_tell_autograd_what_they_move(device):
     before = [t._version for t in tensors]
     F.mlp_sgd_steps(*examples(20, device), *tensors, lr=0.1, steps=1, batch_size=5)
     assert all(t._version > version for t, version in zip(tensors, before, strict=True))
+
+
+def test_flops():
+    net, (X, Y) = network(), examples(20)
+
+    def flops(call):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    with torch.no_grad():
+        assert flops(lambda: net(X, Y)) == flops(lambda: net(X))
+    step = flops(lambda: net(X, Y).backward())
+    assert step == flops(lambda: torch.nn.functional.cross_entropy(net(X), Y).backward())
+    assert flops(lambda: net.sgd_steps(X, Y, lr=0.1, steps=7, batch_size=20)) == 7 * step
 
 
 @pytest.mark.parametrize("change", ["eval", "activation", "layer", "momentum", "affine", "statistics"])

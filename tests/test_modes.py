@@ -8,6 +8,7 @@ from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused_ops.functional as F
 
@@ -334,6 +335,21 @@ def test_inplace_grad_leaves_logits_that_need_none():
 def test_inplace_grad_refuses_what_it_cannot_do(transform, message):
     with pytest.raises(RuntimeError, match=message):
         transform(lambda x: F.cross_entropy(x, CLASSES % H, inplace_grad=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [(), (0,), (1,)], ids=["all", "frozen input", "frozen weight"])
+def test_flops_of_linear_cross_entropy(frozen, reduction):
+    """Those of PyTorch's ops; and of one product more, where the backward pass works the logits out again."""
+
+    def flops(loss):
+        tensors = [t.detach().requires_grad_(i not in frozen) for i, t in enumerate((INPUT, LINEAR_WEIGHT))]
+        with FlopCounterMode(display=False) as counter:
+            loss(*tensors, CLASSES, None, reduction=reduction).sum().backward()
+        return counter.get_total_flops()
+
+    again = 2 * N * H * C if reduction == "none" else 0
+    assert flops(linear_cross_entropy) == flops(torch_linear_cross_entropy) + again
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product([torch.float32, torch.float64], repeat=3)), ids=str)
