@@ -63,6 +63,20 @@ inline Tensor as_type(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 
+// A vector of so many elements beside `beside`, in the accumulate type of that, without gaps; v itself where it is so.
+inline Tensor accumulated_vector(const Tensor& v, int64_t size, const Tensor& beside, const char* name) {
+  const auto type = accumulate_type(beside.scalar_type());
+  const Tensor vector = as_contiguous(as_type(v, type));
+  check_vector(vector, size, type, name);
+  check_same_device(vector, beside, name);
+  return vector;
+}
+
+inline std::optional<Tensor> accumulated_vector(const std::optional<Tensor>& v, int64_t size, const Tensor& beside,
+                                                const char* name) {
+  return v ? std::optional<Tensor>(accumulated_vector(*v, size, beside, name)) : std::nullopt;
+}
+
 // The new values of t, which lie in `values`, or in t itself. Through PyTorch's copy_ in any case: it takes any strides
 // and dtype, and tells autograd that the values are new.
 inline void copy_back(const Tensor& t, const Tensor& values) {

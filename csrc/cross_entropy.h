@@ -9,17 +9,6 @@
 
 namespace fused_ops {
 
-// The class weights, if there are any, checked and contiguous, in the accumulate type.
-inline std::optional<Tensor> weight_of_classes(const std::optional<Tensor>& weight, int64_t classes,
-                                               const Tensor& logits) {
-  if (!weight) return std::nullopt;
-  const auto type = accumulate_type(logits.scalar_type());
-  const Tensor w = as_contiguous(as_type(*weight, type));
-  check_vector(w, classes, type, "weight");
-  check_same_device(w, logits, "weight");
-  return w;
-}
-
 // The inputs of a kernel, checked and contiguous; the class weights in the accumulate type. The logits are (N, C), or
 // (N, C, D) with D positions an example: R = N·D rows of classes, whose elements are D apart.
 struct Rows {
@@ -55,7 +44,7 @@ struct Rows {
       check_vector(target, R, ScalarType::Long, "target");
     }
     check_same_device(target, logits, "target");
-    weight = weight_of_classes(weight_, C, logits);
+    weight = accumulated_vector(weight_, C, logits, "weight");
   }
 
   // Where row r starts in memory.

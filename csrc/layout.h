@@ -7,7 +7,7 @@
 
 namespace fused_ops {
 
-// x[o][c][i] in memory: (N, C, positions), or (N·positions, C, 1) where channels come last.
+// x[o][c][i] in memory: (N, C, positions), or (N·positions, C, 1) where channels come last, as in (N, C), too.
 struct Layout {
   int64_t outer, channels, inner;
 

@@ -86,9 +86,8 @@ def overridable(function):
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        tensors = (*args, *kwargs.values())
-        if has_torch_function(tensors):
-            return handle_torch_function(call, tensors, *args, **kwargs)
+        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
+            return handle_torch_function(call, (*args, *kwargs.values()), *args, **kwargs)
         return function(*args, **kwargs)
 
     return call
@@ -215,7 +214,7 @@ class reference_mode(TorchDispatchMode):  # lower case: used as a context manage
 
 
 def has_kernels(device_type):
-    """Whether compiled kernels are loaded for `device_type` ("cpu" or "cuda"); if not, its ops run their references."""
+    """Whether compiled kernels of some op are loaded for `device_type`, "cpu" or "cuda"; else references run there."""
     return any(has_kernel(op.name(), device_type) for op in REFERENCES)
 
 

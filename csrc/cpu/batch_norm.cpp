@@ -130,17 +130,6 @@ FUSED_OPS_VECTORIZED void merge_sums(const Tiling& tiling, int64_t c_begin, int6
   }
 }
 
-// A (C,) tensor in the accumulate type, without gaps: v itself where it is so.
-Tensor channel_vector(const Tensor& v, int64_t C, ScalarType type, const char* name) {
-  const Tensor vector = as_contiguous(as_type(v, type));
-  check_vector(vector, C, type, name);
-  return vector;
-}
-
-std::optional<Tensor> channel_vector(const std::optional<Tensor>& v, int64_t C, ScalarType type, const char* name) {
-  return v ? std::optional<Tensor>(channel_vector(*v, C, type, name)) : std::nullopt;
-}
-
 // Rows of few channels that are taken as one, so that loops over channels, where these come last, are not too short: a
 // power of 2 that divides all rows.
 int64_t rows_side_by_side(const Layout& l) {
@@ -159,7 +148,7 @@ std::vector<Acc> repeated(const Acc* values, int64_t n, int64_t times) {
 
 // running ← (1 − momentum)·running + momentum·batch
 template <typename Acc>
-void move(Acc* running, const Acc* batch, Acc momentum, int64_t c_begin, int64_t c_end) {
+void move_running(Acc* running, const Acc* batch, Acc momentum, int64_t c_begin, int64_t c_end) {
   for (int64_t c = c_begin; c < c_end; ++c) running[c] = (1 - momentum) * running[c] + momentum * batch[c];
 }
 
@@ -178,10 +167,10 @@ std::tuple<Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor
   const Layout& l = tiling.layout;
   const int64_t C = l.channels, N = l.per_channel();
   const auto acc_type = accumulate_type(input.scalar_type());
-  const auto weight_c = channel_vector(weight, C, acc_type, "weight");
-  const auto bias_c = channel_vector(bias, C, acc_type, "bias");
-  const auto running_mean_c = channel_vector(running_mean, C, acc_type, "running_mean");
-  const auto running_var_c = channel_vector(running_var, C, acc_type, "running_var");
+  const auto weight_c = accumulated_vector(weight, C, input, "weight");
+  const auto bias_c = accumulated_vector(bias, C, input, "bias");
+  const auto running_mean_c = accumulated_vector(running_mean, C, input, "running_mean");
+  const auto running_var_c = accumulated_vector(running_var, C, input, "running_var");
   Tensor y = on_huge_pages(empty_like_dense(input));
   Tensor stats = empty_beside(input, {2, C}, acc_type);
 
@@ -226,9 +215,9 @@ std::tuple<Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor
                              if (N == 0) return;
                              const Acc share = static_cast<Acc>(momentum),
                                        unbiased = static_cast<Acc>(N) / static_cast<Acc>(N - 1);
-                             if (running_means) move(running_means, mean, share, c_begin, c_end);
+                             if (running_means) move_running(running_means, mean, share, c_begin, c_end);
                              for (int64_t c = c_begin; c < c_end; ++c) var[c] *= unbiased;
-                             if (running_vars) move(running_vars, var.data(), share, c_begin, c_end);
+                             if (running_vars) move_running(running_vars, var.data(), share, c_begin, c_end);
                            },
                            [&](const Tile& t) { passes.forward(l, t, z, out, kStreamed); });
   });
@@ -240,9 +229,9 @@ std::tuple<Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
                                                                std::optional<Tensor> bias,
                                                                std::optional<Tensor> residual, Tensor stats,
-                                                               bool training, double, std::optional<Name> activation,
-                                                               bool needs_input, bool needs_parameters,
-                                                               bool needs_residual) {
+                                                               bool training, double /*eps, for second derivatives*/,
+                                                               std::optional<Name> activation, bool needs_input,
+                                                               bool needs_parameters, bool needs_residual) {
   STD_TORCH_CHECK(input.dim() >= 2, "input should be (N, C, ...)");
   const bool channels_last = !input.is_contiguous() && is_like_channels_last(input);
   input = dense(input, channels_last);
@@ -253,8 +242,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
   const Layout& l = tiling.layout;
   const int64_t C = l.channels;
   const auto acc_type = accumulate_type(input.scalar_type());
-  const auto weight_c = channel_vector(weight, C, acc_type, "weight");
-  const auto bias_c = channel_vector(bias, C, acc_type, "bias");
+  const auto weight_c = accumulated_vector(weight, C, input, "weight");
+  const auto bias_c = accumulated_vector(bias, C, input, "bias");
   stats = dense_stats(stats, C, acc_type);
 
   // what is not needed comes back empty
@@ -272,14 +261,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
     T* dresidual = needs_residual ? dresidual_out.mutable_data_ptr<T>() : nullptr;
     const Acc *mean = stats.const_data_ptr<Acc>(), *rstd = mean + C;
     const Acc *gamma = data_or_null<Acc>(weight_c), *beta = data_or_null<Acc>(bias_c);
-    std::vector<Acc> scale(C), zeros(beta ? 0 : C), dz_mean(C), slope(C);
+    std::vector<Acc> scale(C), zeros(beta ? 0 : C), dz_mean(C), x_hat_share(C);
     for (int64_t c = 0; c < C; ++c) scale[c] = gamma ? gamma[c] * rstd[c] : rstd[c];  // γ·r
     const PreActivation<T> z{input.const_data_ptr<T>(), data_or_null<T>(residual), mean, scale.data(),
                              beta ? beta : zeros.data()};
     const Passes<T> passes = passes_with<T>(activation), passes_from_dz = passes_with<T>(std::nullopt);
     Acc* dweight = needs_parameters ? dweight_out.mutable_data_ptr<Acc>() : nullptr;
     Acc* dbias = needs_parameters ? dbias_out.mutable_data_ptr<Acc>() : nullptr;
-    const Means<Acc> means{training ? dz_mean.data() : nullptr, slope.data()};
+    const Means<Acc> means{training ? dz_mean.data() : nullptr, x_hat_share.data()};
 
     if (!needs_sums) {
       tiling.for_tiles([&](const Tile& t, int64_t) { passes.backward(l, t, z, g, means, dx, dresidual); });
@@ -299,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor
           for (int64_t c = c_begin; c < c_end; ++c) {
             const double dz_x_hat_sum = N > 0 ? dz_distance_sum[c] * rstd[c] : 0;  // r is NaN of an empty batch
             dz_mean[c] = static_cast<Acc>(dz_sum[c] / N);
-            slope[c] = static_cast<Acc>(rstd[c] * dz_x_hat_sum / N);
+            x_hat_share[c] = static_cast<Acc>(rstd[c] * dz_x_hat_sum / N);
             if (!needs_parameters) continue;
             dbias[c] = static_cast<Acc>(dz_sum[c]);
             dweight[c] = static_cast<Acc>(dz_x_hat_sum);

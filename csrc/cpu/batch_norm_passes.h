@@ -88,7 +88,7 @@ FUSED_OPS_VECTORIZED void tile_sums(const Layout& l, const Tile& t, const PreAct
 // Of each channel the mean of dz, and r·mean(dz·x̂); null in evaluation, where dx does not depend on them.
 template <typename Acc>
 struct Means {
-  const Acc *dz, *slope;
+  const Acc *dz, *x_hat_share;
 };
 
 // dx = γr·(dz − mean(dz) − x̂·mean(dz·x̂)), in evaluation dx = γr·dz; and dresidual = dz. Null: not needed.
@@ -100,8 +100,8 @@ FUSED_OPS_VECTORIZED void tile_backward(const Layout& l, const Tile& t, const Pr
     if (!dx) return write_each(l, t, dresidual, [=](int64_t c, int64_t i) { return narrow<T>(dz(c, i)); });
     with_kept(dz, dresidual, [&, x = f.x, mean = f.mean, scale = f.scale](const auto& dz_kept) {
       if (means.dz)
-        write_each(l, t, dx, [=, dz_mean = means.dz, slope = means.slope](int64_t c, int64_t i) {
-          return narrow<T>(scale[c] * (dz_kept(c, i) - dz_mean[c] - (widen(x[i]) - mean[c]) * slope[c]));
+        write_each(l, t, dx, [=, dz_mean = means.dz, x_hat_share = means.x_hat_share](int64_t c, int64_t i) {
+          return narrow<T>(scale[c] * (dz_kept(c, i) - dz_mean[c] - (widen(x[i]) - mean[c]) * x_hat_share[c]));
         });
       else
         write_each(l, t, dx, [=](int64_t c, int64_t i) { return narrow<T>(scale[c] * dz_kept(c, i)); });

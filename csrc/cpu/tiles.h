@@ -62,7 +62,7 @@ inline void write_each(const Layout& l, const Tile& t, T* out, const Value& valu
         const Tile part{o, std::min(o + o_size, t.o_end), c, std::min(c + c_size, t.c_end),
                         i, std::min(i + i_size, t.i_end)};
         const int64_t first = (o * l.channels + c) * l.inner + i;
-        // to[first] is run[0]: so the loop is the same for both, and knows but one index
+        // to[first] is run[0], and nothing before is written: so the loop is the same for both, and has but one index
         T* to = streamed ? reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(run) - first * sizeof(T)) : out;
         for_each(l, part, [=](int64_t c, int64_t index) { to[index] = value(c, index); });
         if (streamed) stream(run, part.size(), out + first);

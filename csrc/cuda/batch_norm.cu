@@ -359,9 +359,9 @@ std::tuple<Tensor, Tensor> batch_norm_forward(Tensor input, std::optional<Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor input, std::optional<Tensor> weight,
                                                                std::optional<Tensor> bias,
                                                                std::optional<Tensor> residual, Tensor stats,
-                                                               bool training, double, std::optional<Name> activation,
-                                                               bool needs_input, bool needs_parameters,
-                                                               bool needs_residual) {
+                                                               bool training, double /*eps, for second derivatives*/,
+                                                               std::optional<Name> activation, bool needs_input,
+                                                               bool needs_parameters, bool needs_residual) {
   const Batch batch(input);
   dy = batch.alike(dy, "dy");
   if (residual) residual = batch.alike(*residual, "residual");

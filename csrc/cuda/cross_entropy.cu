@@ -310,7 +310,7 @@ void cross_entropy_slice_backward_(Tensor dloss, Tensor logits, Tensor target, s
   STD_TORCH_CHECK(0 <= first && first + logits.size(1) <= classes, "the slice should be one of the classes");
   Rows rows(logits, target, std::nullopt, ignore_index, "none", label_smoothing, 0, softcap);
   STD_TORCH_CHECK(!rows.probabilities, "target should be class indices");
-  rows.weight = weight_of_classes(weight, classes, logits);
+  rows.weight = accumulated_vector(weight, classes, logits, "weight");
   const RowGradients gradients(rows, dloss, stats, empty_divisor(rows));  // nothing is divided
   const Tensor of_rows = as_contiguous(A);
   check_vector(of_rows, rows.R, accumulate_type(logits.scalar_type()), "A");

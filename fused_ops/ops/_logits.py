@@ -48,10 +48,8 @@ def target_rows(target):
 
 def in_forward_pass(reduction, dtype):
     """Whether the gradients can be made in the forward pass: there will be one number to multiply them by, nothing that
-    would differentiate, batch or trace the pass itself, and no dtype in which they might vanish before a loss scale
-    comes."""
-    one_number = reduction != "none" and dtype != torch.float16
-    return one_number and is_grad_enabled() and not transforms_active() and not _in_make_fx()
+    would differentiate or batch the pass itself, and no dtype in which they might vanish before a loss scale comes."""
+    return reduction != "none" and dtype != torch.float16 and is_grad_enabled() and not transforms_active()
 
 
 def is_final_backward(dloss):
@@ -60,11 +58,12 @@ def is_final_backward(dloss):
     passes."""
     if is_compiling() or type(dloss) is not torch.Tensor or is_grad_enabled() or transforms_active():
         return False
-    return not is_legacy_batchedtensor(dloss) and not _in_make_fx()
+    return not is_legacy_batchedtensor(dloss) and not in_make_fx()
 
 
-def _in_make_fx():
-    return not is_compiling() and _get_dispatch_mode(_TRACING) is not None
+def in_make_fx():
+    """Whether `make_fx` traces what is called. Not to be asked where a compiler does, which cannot trace the call."""
+    return _get_dispatch_mode(_TRACING) is not None
 
 
 def is_one(dloss):
@@ -95,16 +94,13 @@ def in_dtype(loss, dtype):
 
 
 def promoted(dtype, target, weight):
-    """The dtype of the loss, and the class weights in it or, under autocast, in that in which it is computed.
+    """The dtype of a loss with class weights, and these in it or, under autocast, in that in which it is computed.
 
     As in PyTorch, class probabilities and their weights are promoted beside logits of `dtype`, and autocast casts.
     """
     if target.is_floating_point():
-        dtype = torch.promote_types(dtype, target.dtype)
-        dtype = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
-    if weight is not None and weight.dtype != dtype:
-        weight = weight.to(accumulate_dtype(dtype))
-    return dtype, weight
+        dtype = torch.promote_types(torch.promote_types(dtype, target.dtype), weight.dtype)
+    return dtype, weight if weight.dtype == dtype else weight.to(accumulate_dtype(dtype))
 
 
 def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap):

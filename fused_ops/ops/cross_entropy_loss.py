@@ -27,6 +27,7 @@ from fused_ops.ops._logits import (
     check_loss,
     in_dtype,
     in_forward_pass,
+    in_make_fx,
     is_final_backward,
     is_one,
     like_logits,
@@ -213,9 +214,10 @@ def cross_entropy(
     check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoothing, softcap)
 
     logits = as_batch(input)  # (N, C) or (N, C, D)
-    if weight is not None or target.is_floating_point():
+    if weight is not None:
         dtype, weight = promoted(dtype, target, weight)
     if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
         y = as_rows(target) if logits.dim() == 2 else target.flatten(2)  # as logits
         logits, y = logits.to(dtype), y.to(dtype)
     else:
@@ -227,6 +229,7 @@ def cross_entropy(
         logits.requires_grad
         and not y.requires_grad
         and not is_compiling()
+        and not in_make_fx()
         and forward_ad._current_level < 0
         and in_forward_pass(reduction, dtype)
     ):

@@ -265,7 +265,9 @@ def linear_cross_entropy(
     D = math.prod(losses)
     W = linear_weight.reshape(C, D, H).transpose(0, 1).reshape(D * C, H)  # the C classes of a loss side by side
     b = None if linear_bias is None else linear_bias.reshape(C, D).t().reshape(D * C)  # (D·C)
-    dtype, weight = promoted(input.dtype, target, weight)
+    dtype = torch.promote_types(input.dtype, target.dtype) if target.is_floating_point() else input.dtype
+    if weight is not None:
+        dtype, weight = promoted(dtype, target, weight)
     y = as_rows(target) if target.is_floating_point() else target.reshape(-1).long()  # (N·D, C) or (N·D)
     x = input if input.dim() == 2 else input[None]  # (N, H)
     now = in_forward_pass(reduction, x.dtype)
