@@ -108,7 +108,7 @@ def differentiable(op, function, results=None):
     It works in every mode: under `torch.func.vmap`, by the function's own `vmap` if it has one, else op by op; and
     under `torch.compile` and `torch.export`, which see one op (but the reference, if they trace a transform of
     `torch.func`). For these the function is the op's autograd kernel, too, so that a direct call of the op, as exported
-    programs have it, is just as differentiable.
+    programs have it, is differentiable, too.
     Forward mode within forward mode raises a RuntimeError: there PyTorch takes what a jvp returns for a constant, and
     the second derivative would silently lack a part.
     """

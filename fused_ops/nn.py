@@ -179,8 +179,8 @@ class MLP(torch.nn.Module):
     An embedding of `block_size` characters, a linear layer to `hidden_features`, batch norm, tanh and a linear layer to
     `num_embeddings` classes. Its parameters, for any optimiser, are those of the modules `embedding`, `linear`, `norm`
     and `output`. These run where the logits are asked for; the loss takes their tensors alone, so no hook sees it.
-    With another layer in the place of `norm`, or with other options than those it was made with, the loss is that of
-    the logits, and there is no `sgd_steps`.
+    With another layer in the place of one of these (a parametrized one is another), or another kind of norm than it was
+    made with, the loss is that of the logits, and there is no `sgd_steps`.
     """
 
     def __init__(
@@ -217,16 +217,19 @@ class MLP(torch.nn.Module):
         Each step normalises by its minibatch, whether the module is in training or in evaluation.
         """
         if not self._is_one_op():
-            raise RuntimeError(f"MLP.sgd_steps is made for BatchNorm1d with tanh as MLP makes it, but got {self.norm}")
+            raise RuntimeError(f"MLP.sgd_steps is made for the layers that MLP makes, but got {self}")
         self.norm.num_batches_tracked.add_(steps)
         norm = {"momentum": self.norm.momentum, "eps": self.norm.eps}
         draw = {"steps": steps, "batch_size": batch_size, "generator": generator}
         return F.mlp_sgd_steps(input, target, *self._tensors(), lr=lr, **draw, **norm)
 
     def _is_one_op(self):
-        norm, expected = self.norm, ("tanh", True, True)
-        plain = type(norm) is BatchNorm1d and (norm.activation, norm.affine, norm.track_running_stats) == expected
-        return plain and norm.momentum is not None and norm.bias is not None and norm.running_mean is not None
+        norm = self.norm
+        layers = tuple(map(type, (self.embedding, self.linear, norm, self.output)))
+        if layers != (torch.nn.Embedding, torch.nn.Linear, BatchNorm1d, torch.nn.Linear) or norm.momentum is None:
+            return False
+        kind = norm.activation, norm.affine, norm.bias is not None, norm.track_running_stats
+        return kind == ("tanh", True, True, True) and norm.running_mean is not None
 
     def _tensors(self):
         linear, norm, output = self.linear, self.norm, self.output

@@ -199,8 +199,8 @@ def test_flops():
     assert flops(lambda: net.sgd_steps(X, Y, lr=0.1, steps=7, batch_size=20)) == 7 * step
 
 
-@pytest.mark.parametrize("change", ["eval", "activation", "layer", "momentum", "affine", "statistics"])
-def test_a_norm_that_has_been_changed(change):
+@pytest.mark.parametrize("change", ["eval", "activation", "layer", "momentum", "affine", "statistics", "weight norm"])
+def test_a_layer_that_has_been_changed(change):
     """The loss is that of the logits; and where it cannot be one op, there are no `sgd_steps`."""
     net, (X, Y) = nn.MLP(V, E, T, 8), examples(20)
     if change == "eval":
@@ -209,6 +209,8 @@ def test_a_norm_that_has_been_changed(change):
         net.norm.activation = "relu"
     elif change == "layer":
         net.norm = torch.nn.BatchNorm1d(8)
+    elif change == "weight norm":
+        torch.nn.utils.parametrizations.weight_norm(net.linear)
     elif change == "momentum":
         net.norm.momentum = None
     elif change == "affine":
