@@ -120,6 +120,8 @@ class LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
     and `softcap`, too. Input (N, in_features) or (in_features,).
     """
 
+    chunk_size, z_loss, softcap = None, 0.0, None  # of a loss that `convert` has made ours
+
     def __init__(
         self,
         in_features,
@@ -238,7 +240,7 @@ class MLP(torch.nn.Module):
 
 
 def convert(model):
-    """Make a model's `torch.nn.BatchNorm1d/2d/3d` and `torch.nn.CrossEntropyLoss` ours, in place.
+    """Make a model's `torch.nn.BatchNorm1d/2d/3d`, `CrossEntropyLoss` and `LinearCrossEntropyLoss` ours, in place.
 
     A layer stays the object that it is, with its parameters, buffers, options and hooks; its class alone becomes that
     of its namesake here. So an optimiser that has the parameters goes on, and checkpoints load both ways.
@@ -256,6 +258,5 @@ def convert(model):
     return model
 
 
-_NAMESAKES = {
-    getattr(torch.nn, ours.__name__): ours for ours in (BatchNorm1d, BatchNorm2d, BatchNorm3d, CrossEntropyLoss)
-}
+_OURS = BatchNorm1d, BatchNorm2d, BatchNorm3d, CrossEntropyLoss, LinearCrossEntropyLoss  # the last from torch 2.13 on
+_NAMESAKES = {getattr(torch.nn, ours.__name__): ours for ours in _OURS if hasattr(torch.nn, ours.__name__)}

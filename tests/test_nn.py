@@ -257,6 +257,21 @@ def test_convert_makes_a_model_ours_while_it_trains():
     assert_close(compiled(x, target), theirs(x, target))
 
 
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch has none before 2.13")
+def test_convert_makes_linear_cross_entropy_ours():
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2)
+    arguments = {"bias": True, "ignore_index": 1, "options": options}
+    theirs = torch.nn.LinearCrossEntropyLoss(4, 5, **arguments)
+    ours = fused_ops.convert(copy.deepcopy(theirs))
+    assert type(ours) is fused_ops.nn.LinearCrossEntropyLoss
+    x, target = torch.randn(6, 4), torch.randint(5, (6,))
+    for loss in (ours, theirs):
+        loss(x, target).backward()
+    assert_close(ours(x, target), theirs(x, target))
+    assert_close([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
+    assert repr(ours) == repr(fused_ops.nn.LinearCrossEntropyLoss(4, 5, **arguments))
+
+
 def test_convert_leaves_what_it_does_not_know():
     class Subclass(torch.nn.BatchNorm1d):
         pass
