@@ -18,6 +18,7 @@ from torch._C import _are_functorch_transforms_active as transforms_active
 from torch._C._functorch import TransformType
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -134,9 +135,9 @@ def applied(function, results=None, within_transform=False):
     """A callable that is `function.apply`, but returns the first `results` of the outputs, a tuple.
 
     Outside of `torch.func`'s transforms it has the function in PyTorch's other style, where `forward` has a ctx of its
-    own: what only `backward` takes is no output there, which autograd would wrap. So it has `within_transform`, as an
-    op's autograd kernel, which PyTorch calls with the tensors of one transform. Others that differentiate, around that
-    one, would not see what the op returns: they are refused.
+    own: what only `backward` takes is no output there, which autograd would wrap. `within_transform` it is an op's
+    autograd kernel, which PyTorch calls with the tensors of one transform. Others that differentiate, around that one,
+    would not see what the op returns: they are refused.
     """
 
     def forward(ctx, *args):
@@ -153,6 +154,8 @@ def applied(function, results=None, within_transform=False):
         "jvp": staticmethod(jvp),
     }
     apply_outside = applied_outside_transforms(type(function.__name__, (function,), members))
+    own = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward", "jvp")}
+    single_level = type(function.__name__, (_SingleLevelFunction,), own)
 
     def apply(*args):
         if not transforms_active():
@@ -171,7 +174,7 @@ def applied(function, results=None, within_transform=False):
                 "transform of torch.func at a time; call it through fused_ops.functional"
             )
         with enable_single_level_autograd_function():
-            return apply_outside(*args)
+            return single_level.apply(*args)
 
     return apply
 
