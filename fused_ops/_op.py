@@ -154,8 +154,9 @@ def applied(function, results=None, within_transform=False):
         "jvp": staticmethod(jvp),
     }
     apply_outside = applied_outside_transforms(type(function.__name__, (function,), members))
-    own = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward", "jvp")}
-    single_level = type(function.__name__, (_SingleLevelFunction,), own)
+    if within_transform:
+        own = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward", "jvp")}
+        single_level = type(function.__name__, (_SingleLevelFunction,), own)
 
     def apply(*args):
         if not transforms_active():

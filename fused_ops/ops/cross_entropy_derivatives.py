@@ -27,7 +27,7 @@ from fused_ops.ops._logits import as_rows, like_logits, target_rows
 class RowDerivatives:
     """The pieces of every derivative, for rows of logits: the symbols above, (N, C) or (N, 1).
 
-    In the rows that are ignored all are 0, and so is g, whatever is handed in: dloss over a divisor of 0 is inf.
+    In the rows that are ignored t, p, A and q are 0, and so is g, whatever is handed in: dloss over 0 is inf.
     """
 
     def __init__(self, logits, target, weight, ignore_index, label_smoothing, z_loss, softcap):
