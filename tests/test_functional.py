@@ -72,6 +72,29 @@ def test_refuses_integers(name, arguments):
         getattr(F, name)(**arguments)
 
 
+LINEAR = {"input": LOGITS, "linear_weight": X, "target": TARGET}
+LINEAR_REFUSED = [
+    ({**LINEAR, "input": LOGITS[None]}, "dimensionality 1 or 2, got 3"),
+    ({**LINEAR, "input": LOGITS.long()}, "floating point input"),
+    ({**LINEAR, "linear_weight": X[0]}, "dimensionality at least 2, got 1"),
+    ({**LINEAR, "linear_weight": X[:, :2]}, "in_features.*got 3 and 2"),
+    ({**LINEAR, "linear_weight": X.double()}, "input and linear_weight to have the same dtype"),
+    ({**LINEAR, "linear_weight": X[:0]}, "at least one class"),
+    ({**LINEAR, "linear_bias": X[0].double()}, "input and linear_bias to have the same dtype"),
+    ({**LINEAR, "linear_bias": X[0, :2]}, "expected linear_bias shape"),
+    ({**LINEAR, "input": LOGITS[0], "linear_weight": X[None]}, "requires batched input"),
+    ({**LINEAR, "target": LOGITS.softmax(1), "ignore_index": -1}, "ignore_index cannot be specified"),
+    ({**LINEAR, "chunk_size": 0}, "chunk_size must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), LINEAR_REFUSED, ids=[message for _, message in LINEAR_REFUSED])
+def test_linear_cross_entropy_refuses_what_does_not_fit_together(arguments, message):
+    """Torch's own function is too new to be asked what it refuses."""
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        F.linear_cross_entropy(**arguments)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0), (2, 3, 0)])
 def test_batch_norm_takes_empty_inputs_as_torch_does(shape, training):

@@ -136,18 +136,6 @@ def test_forward_mode_within_forward_mode_is_refused_not_wrong(loss):
         derivative(derivative(loss, X.cos()), X.sin())(X)
 
 
-@pytest.mark.parametrize("target", [TARGET, LOGITS.softmax(1)], ids=["classes", "probabilities"])
-@pytest.mark.parametrize("loss", [F.cross_entropy, F.linear_cross_entropy], ids=lambda f: f.__name__)
-def test_forward_mode_by_class_weights_is_refused_not_zero(loss, target):
-    """As reverse mode is, for a weight that requires a gradient."""
-    arguments = (LOGITS, target) if loss is F.cross_entropy else (LOGITS, X, target)
-    by_weight = lambda weight: loss(*arguments, weight=weight)  # noqa: E731
-    gradient = lambda weight: torch.func.grad(lambda x: loss(x, *arguments[1:], weight=weight))(LOGITS)  # noqa: E731
-    for f in (by_weight, gradient):
-        with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'weight'"):
-            torch.func.jvp(f, (X[2],), (X[1],))
-
-
 def second_derivatives(cross_entropy):
     """Of a batch that is ignored as a whole, whose mean loss is 0/0: by forward over reverse mode, and by reverse."""
     x = LOGITS.clone().requires_grad_()

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import is_grad_enabled
 from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fused_ops._op import accumulate_dtype, is_autocast_enabled, transforms_active
@@ -74,8 +75,18 @@ def is_one(dloss):
     return dloss.is_cpu and dloss.item() == 1
 
 
+def may_be_differentiated(weight):
+    """Whether somebody may differentiate by these class weights, or batch them, in any mode. No op of ours is
+    differentiable by them, but the references are."""
+    if transforms_active():  # around one that is not concerned with them there may be another
+        return is_compiling() or is_functorch_wrapped_tensor(weight)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(weight).tangent is not None:
+        return True
+    return weight.requires_grad and is_grad_enabled()
+
+
 def refuse_weight_tangent(weight_t):
-    """The losses are not differentiable by the class weights, and forward mode does not ask for `requires_grad`."""
+    """The ops are not differentiable by the class weights, and forward mode does not ask for `requires_grad`."""
     if weight_t is not None:
         raise RuntimeError("cross_entropy is not differentiable with respect to argument 'weight' in forward mode")
 
@@ -137,7 +148,7 @@ def check_loss(shape, dtype, target, weight, ignore_index, reduction, label_smoo
         cast = target_shape == shape or (is_autocast_enabled(target.device) and weight.dtype != torch.float64)
         if weight.dtype != dtype and not cast:
             raise RuntimeError(f"expected scalar type {dtype} but found {weight.dtype}")
-        if weight.requires_grad and is_grad_enabled():
+        if target_shape != shape and weight.requires_grad and is_grad_enabled():
             raise RuntimeError(
                 "cross_entropy is not differentiable with respect to argument 'weight'. "
                 "This input cannot have requires_grad True."

@@ -31,6 +31,7 @@ from fused_ops.ops._logits import (
     is_final_backward,
     is_one,
     like_logits,
+    may_be_differentiated,
     promoted,
     without_classes,
 )
@@ -176,7 +177,7 @@ def cross_entropy(
         target: class indices, int64 or uint8, of the shape of `input` without C, each in [0, C) or `ignore_index`;
             or class probabilities, floating point, of the shape of `input`, differentiable.
         weight: a weight for each class, (C,), of the dtype of `input`, beside probabilities or under autocast of any.
-            Not differentiable.
+            Differentiable beside probabilities (where the reference runs then, by PyTorch's autograd).
         size_average, reduce: PyTorch's deprecated spellings of `reduction`.
         ignore_index: the class index whose rows add nothing to the loss and get a zero gradient.
         reduction: "mean" (over the weights of the targets; over the rows for probabilities), "sum" or "none".
@@ -185,9 +186,10 @@ def cross_entropy(
         softcap: cap > 0; replaces the logits x by cap·tanh(x/cap).
         inplace_grad: let the gradient take the storage of the logits in the backward pass, which saves its memory (a
             copy of the logits does, where they are not contiguous rows of classes). There are no second derivatives
-            then, and the logits are gone. torch.compile, which plans memory itself, ignores it. Otherwise, where
-            the logits require a gradient and the reduction is not "none", the loss holds it, too, as large as the
-            logits, until its backward pass hands it on; under `torch.no_grad` it is not made.
+            then, and the logits are gone. torch.compile, which plans memory itself, ignores it, and so do calls that
+            are differentiated by class weights. Otherwise, where the logits require a gradient and the reduction is not
+            "none", the loss holds it, too, as large as the logits, until its backward pass hands it on; under
+            `torch.no_grad` it is not made.
 
     Returns:
         The loss, in nats: () or, for "none", of the shape of `input` without C; of the dtype of `input` or, under
@@ -196,9 +198,9 @@ def cross_entropy(
     Raises:
         IndexError: a class index out of range (RuntimeError where the reference runs).
         ValueError: batch sizes that differ, an unknown reduction, or a softcap that is not positive.
-        RuntimeError: other shapes or dtypes that don't fit together, and a weight that requires a gradient. With
-            inplace_grad: a second backward pass, a second derivative, forward mode or vmap, and a backward pass of
-            whoever else needed the logits.
+        RuntimeError: other shapes or dtypes that don't fit together, and a weight that is differentiated beside class
+            indices. With inplace_grad: a second backward pass, a second derivative, forward mode or vmap, and a
+            backward pass of whoever else needed the logits.
 
     Source: derived at the head of `fused_ops/ops/cross_entropy.py`; label smoothing after Szegedy et al. 2016, z-loss
     after Chowdhery et al. 2022 (PaLM), softcap after Gemma Team 2024.
@@ -223,7 +225,9 @@ def cross_entropy(
     else:
         y = target if target.dim() == 1 and target.dtype == torch.int64 else target.reshape(-1).long()  # (N) or (N·D)
     options = ignore_index, reduction, label_smoothing, z_loss, softcap
-    if inplace_grad and not is_compiling():
+    if weight is not None and target.is_floating_point() and may_be_differentiated(weight):
+        loss, *_ = cross_entropy_forward(logits, y, weight, *options)
+    elif inplace_grad and not is_compiling():
         (loss,) = _inplace(logits.contiguous(), y, weight, *options)
     elif (
         logits.requires_grad

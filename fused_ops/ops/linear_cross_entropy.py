@@ -45,6 +45,7 @@ from fused_ops.ops._logits import (
     in_forward_pass,
     is_final_backward,
     is_one,
+    may_be_differentiated,
     promoted,
     refuse_weight_tangent,
     without_classes,
@@ -235,7 +236,8 @@ def linear_cross_entropy(
             float32 for 16-bit types.
         target: class indices, (), (N,) or (N, d1, ...); or class probabilities, (C,), (N, C) or (N, C, d1, ...).
         linear_bias: (C,) or (C, d1, ...).
-        weight, reduction, label_smoothing, z_loss, softcap: as in `cross_entropy`.
+        weight, reduction, label_smoothing, z_loss, softcap: as in `cross_entropy`. Where it is differentiated by
+            `weight`, all logits are held.
         ignore_index: as in `cross_entropy`; None is -100. Refused beside class probabilities.
         options: PyTorch's `LinearCrossEntropyOptions`. Its `batch_chunk_size` serves as `chunk_size`; its other fields
             choose what PyTorch's own op gives up, and change nothing here.
@@ -270,10 +272,13 @@ def linear_cross_entropy(
         dtype, weight = promoted(dtype, target, weight)
     y = as_rows(target) if target.is_floating_point() else target.reshape(-1).long()  # (N·D, C) or (N·D)
     x = input if input.dim() == 2 else input[None]  # (N, H)
-    now = in_forward_pass(reduction, x.dtype)
-    needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
-    settings = ignore_index, reduction, label_smoothing, z_loss, softcap, C, chunk_size
-    (loss,) = _linear_cross_entropy(x, W, b, y, weight, *settings, needs)
+    settings = ignore_index, reduction, label_smoothing, z_loss, softcap
+    if weight is not None and target.is_floating_point() and may_be_differentiated(weight):
+        loss, *_ = ce.cross_entropy_forward(linear_logits(*accumulated((x, W, b)), C), y, weight, *settings)
+    else:
+        now = in_forward_pass(reduction, x.dtype)
+        needs = [now and t is not None and t.requires_grad for t in (x, W, b, y)]
+        (loss,) = _linear_cross_entropy(x, W, b, y, weight, *settings, C, chunk_size, needs)
     loss = in_dtype(loss, dtype)
     return loss.reshape(without_classes(shape)) if reduction == "none" else loss
 
@@ -300,6 +305,8 @@ def _check(input, linear_weight, target, linear_bias, ignore_index, chunk_size):
             "expected equal input and linear_weight last dimensions (in_features), "
             f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
         )
+    if linear_weight.shape[0] == 0:
+        raise RuntimeError(f"expected linear_weight of at least one class, got shape {tuple(linear_weight.shape)}")
     if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
         raise RuntimeError(
             f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
