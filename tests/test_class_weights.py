@@ -51,6 +51,29 @@ def test_beside_indices_they_are_refused_not_zero(name, transform):
             transform(f)(WEIGHT)
 
 
+def gradient(f):
+    def by_leaf(w):
+        w = w.clone().requires_grad_()
+        return torch.autograd.grad(f(w), w)
+
+    return by_leaf
+
+
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.jacrev, gradient])
+@pytest.mark.parametrize("target", [INDICES, PROBABILITIES], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("name", OURS)
+def test_of_an_exported_program_they_are_refused_not_zero(name, target, transform):
+    """It has the op itself, since nobody differentiated by them when it was exported."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, x, weight):
+            return OURS[name](x, target, weight=weight)
+
+    exported = torch.export.export(Loss(), (X, WEIGHT)).module()
+    with pytest.raises(RuntimeError, match="not differentiable with respect to argument 'weight'"):
+        transform(lambda weight: exported(X, weight))(WEIGHT)
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", OURS)

@@ -85,10 +85,14 @@ def may_be_differentiated(weight):
     return weight.requires_grad and is_grad_enabled()
 
 
-def refuse_weight_tangent(weight_t):
-    """The ops are not differentiable by the class weights, and forward mode does not ask for `requires_grad`."""
-    if weight_t is not None:
-        raise RuntimeError("cross_entropy is not differentiable with respect to argument 'weight' in forward mode")
+def refuse_by_weight(asked):
+    """The ops are not differentiable by the class weights. Who asks for it, as of an exported program, is not to get
+    the None that autograd takes for a 0."""
+    if asked:
+        raise RuntimeError(
+            "cross_entropy is not differentiable with respect to argument 'weight' "
+            "(but for calls of fused_ops.functional beside class probabilities)"
+        )
 
 
 def without_classes(shape):

@@ -53,7 +53,7 @@ from fused_ops._op import (
     looped,
     save,
 )
-from fused_ops.ops._logits import as_rows, like_logits, refuse_weight_tangent, target_rows
+from fused_ops.ops._logits import as_rows, like_logits, refuse_by_weight, target_rows
 from fused_ops.ops.cross_entropy_derivatives import (
     RowDerivatives,
     class_targets,
@@ -183,6 +183,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, *_):
+        refuse_by_weight(ctx.needs_input_grad[2])
         if dloss is None:
             return (None,) * 8
         needs = ctx.needs_input_grad[:2]
@@ -191,7 +192,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, logits_t, target_t, weight_t, *_):
-        refuse_weight_tangent(weight_t)
+        refuse_by_weight(weight_t is not None)
         logits, target, weight, _, divisor = ctx.saved_tensors
         ignore_index, reduction, *smooth = ctx.options
         along = RowDerivatives(logits, target, weight, ignore_index, *smooth).loss_along(logits_t, target_t)  # (N)
@@ -229,6 +230,7 @@ class CrossEntropyBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, v, u):
         """By symmetry: along (v, u), the loss's change comes back to dloss, that of the gradients to their tensors."""
+        refuse_by_weight(ctx.needs_input_grad[3])
         dloss, logits, target, weight, stats, divisor = ctx.saved_tensors
         ignore_index, reduction, *smooth = ctx.options
         v, u = (t if needed else None for t, needed in zip((v, u), ctx.needs, strict=True))
@@ -242,7 +244,7 @@ class CrossEntropyBackward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, dloss_t, logits_t, target_t, weight_t, *_):
-        refuse_weight_tangent(weight_t)
+        refuse_by_weight(weight_t is not None)
         dloss, logits, target, weight, stats, divisor = ctx.saved_tensors
         ignore_index, reduction, *smooth = ctx.options
         row = RowDerivatives(logits, target, weight, ignore_index, *smooth)

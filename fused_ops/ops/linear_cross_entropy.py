@@ -47,7 +47,7 @@ from fused_ops.ops._logits import (
     is_one,
     may_be_differentiated,
     promoted,
-    refuse_weight_tangent,
+    refuse_by_weight,
     without_classes,
 )
 from fused_ops.ops.linear_cross_entropy_chunks import backward_in_chunks, forward_in_chunks
@@ -141,6 +141,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, *_):
+        refuse_by_weight(ctx.needs_input_grad[4])
         needs = ctx.needs_input_grad[:4]
         if dloss is None:
             return (None,) * 13
@@ -157,7 +158,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, input_t, linear_weight_t, linear_bias_t, target_t, weight_t, *_):
-        refuse_weight_tangent(weight_t)
+        refuse_by_weight(weight_t is not None)
         *tensors, divisor = ctx.saved_tensors
         tangents = input_t, linear_weight_t, linear_bias_t
         return loss_along(tensors, divisor, tangents, target_t, ctx.options), *[None] * 5
@@ -181,6 +182,7 @@ class LinearCrossEntropyBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *v):
         """By symmetry, as in `CrossEntropyBackward`: what comes back is the change along v."""
+        refuse_by_weight(ctx.needs_input_grad[5])
         dloss, *tensors, divisor = ctx.saved_tensors
         *tangents, target_t = (t if needed else None for t, needed in zip(v, ctx.needs, strict=True))
         to_dloss, to_inputs = None, (None,) * 4
@@ -193,7 +195,7 @@ class LinearCrossEntropyBackward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, dloss_t, input_t, linear_weight_t, linear_bias_t, target_t, weight_t, *_):
-        refuse_weight_tangent(weight_t)
+        refuse_by_weight(weight_t is not None)
         dloss, *tensors, divisor = ctx.saved_tensors
         tangents = input_t, linear_weight_t, linear_bias_t
         changes = gradients_along(dloss, tensors, divisor, tangents, target_t, ctx.options)
