@@ -186,6 +186,13 @@ def applied_outside_transforms(function):
     return super(torch.autograd.Function, function).apply
 
 
+def refuse_derivative(asked, op, argument):
+    """For the derivative by an argument that an op takes for a constant: who asks for it all the same, of an exported
+    program, say, is not to get the None that autograd takes for a 0."""
+    if asked:
+        raise RuntimeError(f"{op} is not differentiable with respect to {argument}")
+
+
 def batch_first(t, dim, B):
     """vmap's batch, of size B, as the first dimension of a tensor that has it at `dim`, or (None) does not have it."""
     return t.expand(B, *t.shape) if dim is None else t.movedim(dim, 0)

@@ -96,6 +96,31 @@ def test_an_exported_program_under_two_is_refused_not_wrong(transform):
         transform(EXPORTED)(X)
 
 
+class Network(torch.nn.Module):
+    """The names network's loss in one op."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = fused_ops.nn.MLP(5, 2, 1, 3).eval()
+
+    def forward(self, x):
+        return self.net(torch.tensor([[1], [2]]), torch.tensor([2, 4]))
+
+
+PROGRAMS = {"norm": EXPORTED, "net.norm": torch.export.export(Network(), (X,)).module()}
+
+
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+@pytest.mark.parametrize("norm", PROGRAMS)
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.jacrev], ids=lambda f: f.__name__)
+def test_an_exported_program_by_running_statistics_is_refused_not_zero(transform, norm, statistic):
+    def by_statistics(v):
+        return torch.func.functional_call(PROGRAMS[norm], {f"{norm}.{statistic}": v}, X)
+
+    with pytest.raises(RuntimeError, match="not differentiable with respect to running_mean or running_var"):
+        transform(by_statistics)(X[0].square())
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_fx_traces_our_layers(training):
     model = Model().train(training)

@@ -9,7 +9,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fused_ops._op import accumulate_dtype, is_autocast_enabled, transforms_active
+from fused_ops._op import accumulate_dtype, is_autocast_enabled, refuse_derivative, transforms_active
 
 REDUCTIONS = ("none", "mean", "sum")
 INDICES = (torch.int64, torch.uint8)  # the dtypes of class indices
@@ -86,13 +86,9 @@ def may_be_differentiated(weight):
 
 
 def refuse_by_weight(asked):
-    """The ops are not differentiable by the class weights. Who asks for it, as of an exported program, is not to get
-    the None that autograd takes for a 0."""
-    if asked:
-        raise RuntimeError(
-            "cross_entropy is not differentiable with respect to argument 'weight' "
-            "(but for calls of fused_ops.functional beside class probabilities)"
-        )
+    """The ops are not differentiable by the class weights."""
+    by = "argument 'weight' (but for calls of fused_ops.functional beside class probabilities)"
+    refuse_derivative(asked, "cross_entropy", by)
 
 
 def without_classes(shape):

@@ -19,7 +19,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor, is_grad_enabled
 
-from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, overridable, save
+from fused_ops._op import accumulate_dtype, below_autograd, define, differentiable, overridable, refuse_derivative, save
 from fused_ops.ops._activations import ACTIVATIONS, check_activation
 from fused_ops.ops._channels import all_but_channels, dense, folded, in_layout_of, per_channel, unfolded
 from fused_ops.ops.batch_norm_derivatives import (
@@ -152,7 +152,8 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        needs_input, _, _, needs_weight, needs_bias, *_, needs_residual = ctx.needs_input_grad
+        needs_input, needs_mean, needs_var, needs_weight, needs_bias, *_, needs_residual = ctx.needs_input_grad
+        refuse_derivative(needs_mean or needs_var, "batch_norm", "running_mean or running_var")
         needs_parameters = needs_weight or needs_bias
         _, _, activation = ctx.options
         dx = dweight = dbias = None
@@ -167,8 +168,7 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, input_t, mean_t, var_t, weight_t, bias_t, _training, _momentum, _eps, _activation, residual_t):
-        if mean_t is not None or var_t is not None:
-            raise RuntimeError("batch_norm is not differentiable by running_mean and running_var")
+        refuse_derivative(mean_t is not None or var_t is not None, "batch_norm", "running_mean or running_var")
         point = Point(*ctx.saved_tensors, *ctx.options)
         return output_along(point, input_t, weight_t, bias_t, residual_t), None
 

@@ -33,6 +33,7 @@ from fused_ops._op import (
     is_autocast_enabled,
     looped,
     overridable,
+    refuse_derivative,
     save,
     transforms_active,
 )
@@ -192,6 +193,7 @@ class MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss, *_):
+        refuse_derivative(any(ctx.needs_input_grad[9:11]), "mlp", "running_mean or running_var")
         if dloss is None:
             return (None,) * 15
         if ctx.gradients is None or is_grad_enabled() or transforms_active():
@@ -205,8 +207,7 @@ class MLP(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, _X, _Y, *tangents):
         *of_parameters, mean_t, var_t, _training, _momentum, _eps, _needs_gradients = tangents
-        if mean_t is not None or var_t is not None:
-            raise RuntimeError("mlp is not differentiable by running_mean and running_var")
+        refuse_derivative(mean_t is not None or var_t is not None, "mlp", "running_mean or running_var")
         gradients = as_parameters(_gradients(ctx), ctx.saved_tensors[2:9])
         moved = zip(gradients, of_parameters, strict=True)
         return sum((g * t.to(g.dtype)).sum() for g, t in moved if t is not None), None
