@@ -75,9 +75,11 @@ def is_one(dloss):
     return dloss.is_cpu and dloss.item() == 1
 
 
-def may_be_differentiated(weight):
-    """Whether somebody may differentiate by these class weights, or batch them, in any mode. No op of ours is
-    differentiable by them, but the references are."""
+def takes_reference(target, weight):
+    """Whether somebody may differentiate by the class weights, or batch them, in any mode, beside class probabilities:
+    no op of ours is differentiable by them, but the references are."""
+    if weight is None or not target.is_floating_point():
+        return False
     if transforms_active():  # around one that is not concerned with them there may be another
         return is_compiling() or is_functorch_wrapped_tensor(weight)
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(weight).tangent is not None:

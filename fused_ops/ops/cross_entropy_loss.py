@@ -31,8 +31,8 @@ from fused_ops.ops._logits import (
     is_final_backward,
     is_one,
     like_logits,
-    may_be_differentiated,
     promoted,
+    takes_reference,
     without_classes,
 )
 from fused_ops.ops.cross_entropy import (
@@ -225,7 +225,7 @@ def cross_entropy(
     else:
         y = target if target.dim() == 1 and target.dtype == torch.int64 else target.reshape(-1).long()  # (N) or (N·D)
     options = ignore_index, reduction, label_smoothing, z_loss, softcap
-    if weight is not None and target.is_floating_point() and may_be_differentiated(weight):
+    if takes_reference(target, weight):
         loss, *_ = cross_entropy_forward(logits, y, weight, *options)
     elif inplace_grad and not is_compiling():
         (loss,) = _inplace(logits.contiguous(), y, weight, *options)

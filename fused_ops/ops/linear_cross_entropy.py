@@ -45,9 +45,9 @@ from fused_ops.ops._logits import (
     in_forward_pass,
     is_final_backward,
     is_one,
-    may_be_differentiated,
     promoted,
     refuse_by_weight,
+    takes_reference,
     without_classes,
 )
 from fused_ops.ops.linear_cross_entropy_chunks import backward_in_chunks, forward_in_chunks
@@ -275,7 +275,7 @@ def linear_cross_entropy(
     y = as_rows(target) if target.is_floating_point() else target.reshape(-1).long()  # (N·D, C) or (N·D)
     x = input if input.dim() == 2 else input[None]  # (N, H)
     settings = ignore_index, reduction, label_smoothing, z_loss, softcap
-    if weight is not None and target.is_floating_point() and may_be_differentiated(weight):
+    if takes_reference(target, weight):
         loss, *_ = ce.cross_entropy_forward(linear_logits(*accumulated((x, W, b)), C), y, weight, *settings)
     else:
         now = in_forward_pass(reduction, x.dtype)
